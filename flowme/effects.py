@@ -1,0 +1,459 @@
+"""Distributions of random effects: Gaussian, Student t, mixture, and normalizing flow.
+
+All are NumPyro distributions over a vector η of named effects, with event shape `[effect]`. What
+distinguishes them from others is that they know which of their own parameters a study teaches
+(`priors`), so that `flowme.random_effect` can register those at the population level. Any other
+NumPyro distribution may take their place; its parameters are then the user's own statements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax.typing import ArrayLike
+from numpyro.distributions import constraints
+from numpyro.distributions.util import is_prng_key
+from scipy.cluster.vq import kmeans2
+from scipy.stats import norm, qmc
+
+from flowme.flows import Flow, MonotoneSpline, SplineCoupling
+
+
+class RandomEffect(dist.Distribution):
+    """A distribution of random effects η `[effect]` whose parameters are learned from the study.
+
+    To write another one: store each learned parameter under its own name, list those names in
+    `pytree_data_fields`, and define `priors` (their laws under full Bayes; the support of each is
+    also its constraint under maximum likelihood), `start` (their values from draws of η, which is
+    how an estimation begins), `log_prob`, `sample`, `mean` and `covariance_matrix`. Set
+    `network = True` when there are `weights`, a flat vector, to be learned by gradient steps.
+    """
+
+    support = constraints.real_vector
+    arg_constraints: dict[str, Any] = {}
+    pytree_aux_fields: tuple[str, ...] = ("names",)
+    network = False
+    names: tuple[str, ...]
+
+    def __init__(self, names: Sequence[str]):
+        self.names = _check_names(names)
+        super().__init__(batch_shape=(), event_shape=(len(self.names),))
+
+    def priors(self) -> dict[str, dist.Distribution]:
+        """The law of each learned parameter at the population level, by name."""
+        raise NotImplementedError
+
+    def with_parameters(self, **values: ArrayLike) -> RandomEffect:
+        """The same distribution with other parameter values (those of `priors`, or `weights`)."""
+        new = jax.tree.unflatten(jax.tree.structure(self), jax.tree.leaves(self))
+        for name, value in values.items():
+            setattr(new, name, value)
+        return new
+
+    def start(self, key: jax.Array, covariance: np.ndarray, eta: np.ndarray) -> dict[str, Any]:
+        """Starting values of the learned parameters, from a fit of the Gaussian model.
+
+        Args:
+            key: random key; is consumed.
+            covariance: Ω of that fit, `[effect, effect]`.
+            eta: draws from its conditional distributions, `[draw, effect]`.
+        """
+        raise NotImplementedError
+
+    @property
+    def covariance_matrix(self) -> jax.Array:
+        """Cov(η), `[effect, effect]`."""
+        raise NotImplementedError
+
+    @property
+    def variance(self):
+        return jnp.diagonal(self.covariance_matrix)
+
+    @property
+    def mean(self):
+        return jnp.zeros(self.event_shape)
+
+
+class _Scaled(RandomEffect):
+    """What distributions with one scale matrix share: L = diag(ω) · Cholesky(correlation)."""
+
+    pytree_data_fields = ("omega", "corr_cholesky", "omega_prior")
+    pytree_aux_fields = ("full",)
+
+    def __init__(self, names, *, full, omega, omega_prior):
+        names = _check_names(names)
+        self.full = bool(full) and len(names) > 1
+        self.omega = _positive("omega", omega, (len(names),))
+        self.corr_cholesky = np.eye(len(names))
+        self.omega_prior = dist.HalfNormal(1.0) if omega_prior is None else omega_prior
+        super().__init__(names)
+
+    def priors(self):
+        size = len(self.names)
+        laws = {"omega": self.omega_prior.expand([size]).to_event(1)}
+        if self.full:
+            laws["corr_cholesky"] = dist.LKJCholesky(size, 2.0)
+        return laws
+
+    def start(self, key, covariance, eta):
+        values = {"omega": np.sqrt(np.diag(covariance))}
+        if self.full:
+            values["corr_cholesky"] = _corr_cholesky(covariance)
+        return values
+
+    @property
+    def scale_tril(self) -> jax.Array:
+        """L, `[effect, effect]`, lower triangular."""
+        return self.omega[:, None] * self.corr_cholesky
+
+    def _whiten(self, value):
+        inverse = jax.scipy.linalg.solve_triangular(
+            self.scale_tril, jnp.eye(len(self.names)), lower=True
+        )
+        return value @ inverse.T
+
+    def _log_det(self):
+        return jnp.sum(jnp.log(self.omega)) + jnp.sum(jnp.log(jnp.diagonal(self.corr_cholesky)))
+
+
+class GaussianRandomEffect(_Scaled):
+    r"""η ~ N(0, Ω), Ω = diag(ω) R diag(ω).
+
+    Args:
+        names: names of the effects, in order.
+        full: learn the correlation matrix R; by default Ω is diagonal (R = I).
+        omega: starting standard deviations ω, a number or `[effect]`, in the unit of η
+            (dimensionless for a lognormal parameter, where .3 is about 30 %).
+        omega_prior: law of each ω under full Bayes and MAP; HalfNormal(1) by default.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        full: bool = False,
+        omega: ArrayLike = 0.5,
+        omega_prior: dist.Distribution | None = None,
+    ):
+        super().__init__(names, full=full, omega=omega, omega_prior=omega_prior)
+
+    def from_base(self, z):
+        """η = L z of standard normal z `[..., effect]`."""
+        return z @ self.scale_tril.T
+
+    def sample(self, key, sample_shape=()):
+        assert is_prng_key(key)
+        return self.from_base(jax.random.normal(key, sample_shape + self.event_shape))
+
+    def log_prob(self, value):
+        z = self._whiten(value)
+        return -0.5 * jnp.sum(z**2 + jnp.log(2 * jnp.pi), -1) - self._log_det()
+
+    @property
+    def covariance_matrix(self):
+        return self.scale_tril @ self.scale_tril.T
+
+
+class StudentTRandomEffect(_Scaled):
+    r"""η ~ t_ν(0, L Lᵀ): heavier tails than the Gaussian; ω is its scale, SD = ω √(ν/(ν-2)).
+
+    Args:
+        names: names of the effects, in order.
+        full: learn the correlation matrix; by default the scale matrix is diagonal.
+        omega: starting scales, a number or `[effect]`, in the unit of η.
+        omega_prior: law of each ω under full Bayes and MAP; HalfNormal(1) by default.
+        df: starting degrees of freedom ν. Its law is 2 + Gamma(2, 0.1), so the variance exists.
+    """
+
+    pytree_data_fields = ("df",)
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        full: bool = False,
+        omega: ArrayLike = 0.5,
+        omega_prior: dist.Distribution | None = None,
+        df: float = 10.0,
+    ):
+        if not np.ndim(df) == 0 or not df > 2:
+            raise ValueError(f"expected df above 2, so that the variance exists; got {df}.")
+        self.df = df
+        super().__init__(names, full=full, omega=omega, omega_prior=omega_prior)
+
+    def priors(self):
+        shifted = dist.TransformedDistribution(
+            dist.Gamma(2.0, 0.1), dist.transforms.AffineTransform(2.0, 1.0, constraints.positive)
+        )
+        return {**super().priors(), "df": shifted}
+
+    def start(self, key, covariance, eta):
+        values = super().start(key, covariance, eta)
+        df = 10.0
+        return {**values, "omega": values["omega"] * np.sqrt((df - 2) / df), "df": df}
+
+    def _law(self):
+        return dist.MultivariateStudentT(self.df, 0.0, self.scale_tril)
+
+    def sample(self, key, sample_shape=()):
+        return self._law().sample(key, sample_shape)
+
+    def log_prob(self, value):
+        return self._law().log_prob(value)
+
+    @property
+    def covariance_matrix(self):
+        return self.df / (self.df - 2) * self.scale_tril @ self.scale_tril.T
+
+
+class MixtureRandomEffect(RandomEffect):
+    r"""η ~ Σ_m π_m N(μ_m, Ω_m), with Σ_m π_m μ_m = 0: subpopulations, each Gaussian.
+
+    Centred like the others: the last component's mean follows from those before it,
+    μ_M = -Σ_{m<M} π_m μ_m / π_M. Components are numbered as they were started.
+
+    Args:
+        names: names of the effects, in order.
+        components: M, the number of subpopulations.
+        full: learn a correlation matrix per component; by default each Ω_m is diagonal.
+        spread: prior standard deviation of the component means, a number or `[effect]`, in the
+            unit of η (also the law HalfNormal(spread) of each ω under full Bayes and MAP).
+    """
+
+    pytree_data_fields = ("probs", "locs", "omega", "corr_cholesky", "spread")
+    pytree_aux_fields = ("full", "components")
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        components: int = 2,
+        *,
+        full: bool = False,
+        spread: ArrayLike = 1.0,
+    ):
+        names = _check_names(names)
+        if not isinstance(components, int) or components < 2:
+            raise ValueError(f"expected at least 2 components; got {components!r}.")
+        size = len(names)
+        self.components = components
+        self.full = bool(full) and size > 1
+        self.spread = _positive("spread", spread, (size,))
+        self.probs = np.full(components, 1 / components)
+        # Components apart from each other along all effects: equal ones would never separate.
+        position = np.linspace(-1.0, 1.0, components)
+        self.locs = 0.5 * position[:-1, None] * self.spread
+        self.omega = np.full((components, size), 0.5) * self.spread
+        self.corr_cholesky = np.broadcast_to(np.eye(size), (components, size, size))
+        super().__init__(names)
+
+    def priors(self):
+        size, count = len(self.names), self.components
+        laws = {
+            "probs": dist.Dirichlet(jnp.full(count, 2.0)),
+            "locs": dist.Normal(0, jnp.broadcast_to(self.spread, (count - 1, size))).to_event(2),
+            "omega": dist.HalfNormal(jnp.broadcast_to(self.spread, (count, size))).to_event(2),
+        }
+        if self.full:
+            laws["corr_cholesky"] = dist.LKJCholesky(size, 2.0).expand([count]).to_event(1)
+        return laws
+
+    def start(self, key, covariance, eta):
+        """Starting values by k-means on the draws, each effect divided by its SD."""
+        eta = np.asarray(eta)
+        scale = np.maximum(eta.std(0), 1e-12)
+        seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+        _, label = kmeans2(eta / scale, self.components, minit="++", seed=seed)
+        parts = [eta[label == m] for m in range(self.components)]
+        parts = [part if len(part) > 2 * eta.shape[1] else eta for part in parts]
+        probs = np.array([np.mean(label == m) for m in range(self.components)])
+        probs = (probs + 0.02) / (probs + 0.02).sum()
+        means = np.stack([part.mean(0) for part in parts])
+        covariances = [np.atleast_2d(np.cov(part, rowvar=False)) for part in parts]
+        sds = np.stack([np.sqrt(np.diag(c)) for c in covariances])
+        values = {
+            "probs": probs,
+            "locs": (means - probs @ means)[:-1],
+            "omega": np.maximum(sds, 0.05 * scale),
+        }
+        if self.full:
+            values["corr_cholesky"] = np.stack([_corr_cholesky(c) for c in covariances])
+        return values
+
+    @property
+    def component_means(self) -> jax.Array:
+        """μ, `[component, effect]`."""
+        last = -(self.probs[:-1] @ self.locs) / self.probs[-1]
+        return jnp.concatenate([self.locs, last[None]])
+
+    def _law(self):
+        scale_tril = self.omega[..., None] * self.corr_cholesky
+        return dist.MixtureSameFamily(
+            dist.Categorical(self.probs),
+            dist.MultivariateNormal(self.component_means, scale_tril=scale_tril),
+        )
+
+    def sample(self, key, sample_shape=()):
+        return self._law().sample(key, sample_shape)
+
+    def log_prob(self, value):
+        return self._law().log_prob(value)
+
+    @property
+    def covariance_matrix(self):
+        scale_tril = self.omega[..., None] * self.corr_cholesky
+        within = scale_tril @ jnp.swapaxes(scale_tril, -1, -2)
+        between = self.component_means[:, :, None] * self.component_means[:, None, :]
+        return jnp.tensordot(self.probs, within + between, 1)
+
+
+class FlowRandomEffect(_Scaled):
+    r"""η = L (T_w(z) standardised), z ~ N(0, I): a learned distribution of random effects.
+
+    T_w is a normalizing flow with weights w, and
+
+        u = T_w(z),  η = L R⁻¹ (u - c),  c = E u,  R Rᵀ = Cov u,  L = diag(ω) · Cholesky(R_η).
+
+    Centred (the default): c and R are the moments of u, taken at fixed quasi-random points, so
+    that E η = 0 and Cov η = L Lᵀ up to the error of that quadrature (about 1e-3 of an ω). The
+    population parameters are then the means of their (transformed) individual parameters and ω,
+    R_η mean what they mean for a Gaussian: without it a shift or a stretch of the flow could not
+    be told from a change of them. With `centred=False`, c = 0 and R = I: the flow is free, and
+    population parameters are only the image of η = 0.
+
+    At the start T_w is the identity and the distribution is exactly N(0, L Lᵀ).
+
+    Args:
+        names: names of the effects, in order.
+        flow: the architecture; `flows.SplineCoupling()` by default, `flows.MonotoneSpline()` for
+            a single effect. Small ones win: the unrestricted maximum-likelihood distribution is
+            discrete, so the size and the stopping time are the smoothing parameter.
+        centred: see above.
+        omega: starting standard deviations ω, a number or `[effect]`, in the unit of η.
+        omega_prior: law of each ω under full Bayes and MAP; HalfNormal(1) by default.
+        weights_scale: standard deviation of the normal prior that shrinks w towards 0, that is
+            the distribution towards the Gaussian, when the weights are sampled.
+    """
+
+    pytree_data_fields = ("weights", "weights_scale")
+    pytree_aux_fields = ("flow", "centred")
+    network = True
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        flow: Flow | None = None,
+        *,
+        centred: bool = True,
+        omega: ArrayLike = 0.5,
+        omega_prior: dist.Distribution | None = None,
+        weights_scale: float = 0.3,
+    ):
+        names = _check_names(names)
+        if flow is None:
+            flow = SplineCoupling() if len(names) > 1 else MonotoneSpline()
+        if not isinstance(flow, Flow):
+            raise TypeError(f"expected a flowme.flows.Flow; got {flow!r}.")
+        self.flow, self.centred = flow, bool(centred)
+        self.weights = _first_weights(flow, len(names), bool(jax.config.jax_enable_x64))
+        self.weights_scale = _positive("weights_scale", weights_scale, ())
+        super().__init__(names, full=True, omega=omega, omega_prior=omega_prior)
+
+    def weights_prior(self) -> dist.Distribution:
+        """The shrinking prior w ~ N(0, weights_scale² I), used when the weights are sampled."""
+        return dist.Normal(0.0, self.weights_scale).expand(self.weights.shape).to_event(1)
+
+    def start(self, key, covariance, eta):
+        weights = self.flow.init(key, len(self.names))
+        return {**super().start(key, covariance, eta), "weights": weights}
+
+    def _moments(self):
+        """c = E u and R with R Rᵀ = Cov u, over fixed points."""
+        size = len(self.names)
+        if not self.centred:
+            return jnp.zeros(size), jnp.eye(size)
+        u = self.flow.bijector(self.weights, size).forward(_normal_points(size))
+        c = u.mean(0)
+        return c, jnp.linalg.cholesky((u - c).T @ (u - c) / u.shape[0])
+
+    def from_base(self, z):
+        """η of standard normal z `[..., effect]`."""
+        c, R = self._moments()
+        u = self.flow.bijector(self.weights, len(self.names)).forward(z)
+        inverse = jax.scipy.linalg.solve_triangular(R, jnp.eye(len(self.names)), lower=True)
+        return (u - c) @ (self.scale_tril @ inverse).T
+
+    def sample(self, key, sample_shape=()):
+        assert is_prng_key(key)
+        return self.from_base(jax.random.normal(key, sample_shape + self.event_shape))
+
+    def log_prob(self, value):
+        c, R = self._moments()
+        u = c + self._whiten(value) @ R.T
+        z, log_det = self.flow.bijector(self.weights, len(self.names)).inverse_and_log_det(u)
+        normal = -0.5 * jnp.sum(z**2 + jnp.log(2 * jnp.pi), -1)
+        return normal + log_det + jnp.sum(jnp.log(jnp.diagonal(R))) - self._log_det()
+
+    @property
+    def mean(self):
+        return self._quadrature().mean(0)
+
+    @property
+    def covariance_matrix(self):
+        eta = self._quadrature()
+        return (eta - eta.mean(0)).T @ (eta - eta.mean(0)) / eta.shape[0]
+
+    def _quadrature(self):
+        return self.from_base(_normal_points(len(self.names)))
+
+
+def _normal_points(size: int, log2_count: int = 8) -> np.ndarray:
+    """Fixed quasi-random points of N(0, I), `[point, size]`, with mean 0 and covariance I exactly.
+
+    Exactly, so that the identity flow is standardised to itself.
+    """
+    sobol = qmc.Sobol(size, seed=0).random_base2(log2_count)
+    z = norm.ppf(np.clip(sobol, 1e-12, 1 - 1e-12))
+    z = np.concatenate([z, -z])
+    return z @ np.linalg.inv(np.linalg.cholesky(z.T @ z / len(z))).T
+
+
+def _corr_cholesky(covariance: np.ndarray) -> np.ndarray:
+    sd = np.sqrt(np.diag(covariance))
+    correlation = covariance / np.outer(sd, sd)
+    # Kept off the boundary, where the unconstrained parameter would be infinite.
+    return np.linalg.cholesky((1 - 1e-4) * correlation + 1e-4 * np.eye(len(sd)))
+
+
+def _check_names(names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(n, str) and n.isidentifier() for n in names):
+        raise TypeError(
+            f"expected a list of effect names such as ['ka', 'V'], each a Python name; got {names!r}."
+        )
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"expected one or more different effect names; got {list(names)}.")
+    return tuple(names)
+
+
+def _positive(what: str, value: ArrayLike, shape: tuple[int, ...]) -> Any:
+    if isinstance(value, jax.core.Tracer):  # its value is not known before the program runs
+        return jnp.broadcast_to(value, shape)
+    array = np.asarray(value, float)
+    if array.ndim and array.shape != shape or not np.all((array > 0) & np.isfinite(array)):
+        raise ValueError(
+            f"expected {what} positive, a number or of shape {list(shape)}; got {value}."
+        )
+    return np.broadcast_to(array, shape)
+
+
+@cache
+def _first_weights(flow: Flow, size: int, double: bool) -> np.ndarray:
+    # A constant of the program: a model builds its random effect anew each time it is traced.
+    del double
+    with jax.ensure_compile_time_eval():
+        return np.asarray(flow.init(jax.random.key(0), size))

@@ -1,0 +1,201 @@
+"""Normalizing flows: distrax bijectors with flax conditioners, as architectures of flat weights.
+
+An architecture is a frozen, hashable description (how many layers, how wide). It holds no weights:
+`init(key, dim)` draws a flat vector of them and `bijector(weights, dim)` rebuilds the distrax
+bijector u = T(z) they stand for. Distrax objects are rebuilt where they are used and never cross
+a `jit` or `vmap` boundary, which some of them cannot.
+
+Every architecture starts exactly at the identity: the last layer of each conditioner is zero.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from typing import Any
+
+import distrax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Flow(abc.ABC):
+    """A normalizing flow u = T(z) on R^dim, described without its weights.
+
+    To write another one, subclass it as a frozen dataclass and define `_layers(dim)`, the flax
+    conditioner of each layer with an example of its input, and `_chain(conditioners, dim)`, the
+    distrax bijectors in the order in which z passes through them.
+    """
+
+    @abc.abstractmethod
+    def _layers(self, dim: int) -> list[tuple[nn.Module, jax.ShapeDtypeStruct]]: ...
+
+    @abc.abstractmethod
+    def _chain(self, conditioners: list[Any], dim: int) -> list[distrax.Bijector]: ...
+
+    def _shapes(self, dim: int) -> Any:
+        keys = jax.eval_shape(lambda: jax.random.key(0))
+        return [
+            jax.eval_shape(module.init, keys, example) for module, example in self._layers(dim)
+        ]
+
+    def size(self, dim: int) -> int:
+        """Number of weights for `dim` dimensions."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._shapes(dim)))
+
+    def init(self, key: jax.Array, dim: int) -> jax.Array:
+        """Starting weights `[weight]`: random hidden layers, zero last layers (T = identity)."""
+        layers = self._layers(dim)
+        keys = jax.random.split(key, len(layers))
+        variables = [
+            module.init(k, jnp.zeros(example.shape, example.dtype))
+            for k, (module, example) in zip(keys, layers, strict=True)
+        ]
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(variables)])
+
+    def bijector(self, weights: jax.Array, dim: int) -> distrax.Bijector:
+        """The bijector T whose weights are `weights`, on events of shape `[dim]`."""
+        leaves, tree = jax.tree.flatten(self._shapes(dim))
+        pieces, start = [], 0
+        for leaf in leaves:
+            stop = start + math.prod(leaf.shape)
+            pieces.append(weights[start:stop].reshape(leaf.shape))
+            start = stop
+        if start != weights.shape[-1]:
+            raise ValueError(
+                f"expected {start} weights for {self} in {dim} dimensions; "
+                f"got {weights.shape[-1]}. Draw them with `flow.init(key, {dim})`."
+            )
+        variables = jax.tree.unflatten(tree, pieces)
+        conditioners = [
+            lambda x, module=module, v=v: module.apply(v, x)
+            for (module, _), v in zip(self._layers(dim), variables, strict=True)
+        ]
+        # distrax.Chain applies its last element first.
+        return distrax.Chain(self._chain(conditioners, dim)[::-1])
+
+
+class _Conditioner(nn.Module):
+    """x -> spline parameters `[transformed, 3 bins + 1]`; zero at the start (identity spline)."""
+
+    width: int
+    depth: int
+    transformed: int
+    parameters: int
+
+    @nn.compact
+    def __call__(self, x):
+        dtype = x.dtype
+        for _ in range(self.depth):
+            x = nn.tanh(nn.Dense(self.width, dtype=dtype, param_dtype=dtype)(x))
+        last = nn.Dense(
+            self.transformed * self.parameters,
+            dtype=dtype,
+            param_dtype=dtype,
+            kernel_init=nn.initializers.zeros,  # so that the flow starts at the identity
+        )
+        return last(x).reshape(*x.shape[:-1], self.transformed, self.parameters)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplineCoupling(Flow):
+    """Rational-quadratic-spline coupling layers (Durkan et al. 2019, arXiv 1906.04032).
+
+    A layer keeps one half of the coordinates, z_A, and moves each of the others by a monotone
+    spline on [-bound, bound] whose knots a network reads off z_A; outside it is the identity.
+    Layers swap the halves.
+
+    Args:
+        layers: number of coupling layers; at least 2, so that every coordinate is moved.
+        width: hidden units per layer of a conditioner.
+        depth: hidden layers of a conditioner.
+        bins: bins of each spline.
+        bound: half width of the splines' range, in standard deviations of the base.
+    """
+
+    layers: int = 2
+    width: int = 8
+    depth: int = 1
+    bins: int = 6
+    bound: float = 5.0
+
+    def __post_init__(self):
+        _check_counts(self, "layers", "width", "depth", "bins")
+
+    def _layers(self, dim):
+        if dim < 2:
+            raise ValueError(
+                f"expected at least 2 dimensions for a coupling flow; got {dim}. "
+                "Use `flows.MonotoneSpline()` for a single random effect."
+            )
+        dtype = jnp.zeros(()).dtype
+        layers = []
+        for number in range(self.layers):
+            kept = dim // 2 if number % 2 == 0 else dim - dim // 2
+            module = _Conditioner(self.width, self.depth, dim - kept, 3 * self.bins + 1)
+            layers.append((module, jax.ShapeDtypeStruct((kept,), dtype)))
+        return layers
+
+    def _chain(self, conditioners, dim):
+        return [
+            distrax.SplitCoupling(
+                split_index=dim // 2,
+                event_ndims=1,
+                conditioner=conditioner,
+                bijector=lambda parameters: _spline(parameters, self.bound),
+                swap=number % 2 == 1,
+            )
+            for number, conditioner in enumerate(conditioners)
+        ]
+
+
+class _Free(nn.Module):
+    """Spline parameters that depend on nothing: `[dim, 3 bins + 1]`, zero at the start."""
+
+    dim: int
+    parameters: int
+
+    @nn.compact
+    def __call__(self, x):
+        return self.param("knots", nn.initializers.zeros, (self.dim, self.parameters), x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class MonotoneSpline(Flow):
+    """A monotone rational-quadratic spline per coordinate: the flow for one random effect.
+
+    In several dimensions the coordinates stay independent before the scale matrix is applied.
+
+    Args:
+        bins: bins of the spline.
+        bound: half width of its range, in standard deviations of the base.
+    """
+
+    bins: int = 6
+    bound: float = 5.0
+
+    def __post_init__(self):
+        _check_counts(self, "bins")
+
+    def _layers(self, dim):
+        example = jax.ShapeDtypeStruct((dim,), jnp.zeros(()).dtype)
+        return [(_Free(dim, 3 * self.bins + 1), example)]
+
+    def _chain(self, conditioners, dim):
+        knots = conditioners[0](jnp.zeros(dim))
+        return [distrax.Block(_spline(knots, self.bound), 1)]
+
+
+def _spline(parameters: jax.Array, bound: float) -> distrax.Bijector:
+    return distrax.RationalQuadraticSpline(
+        parameters, range_min=-bound, range_max=bound, boundary_slopes="identity"
+    )
+
+
+def _check_counts(flow: Flow, *fields: str) -> None:
+    for field in fields:
+        value = getattr(flow, field)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"expected {field} to be a positive integer; got {value!r}.")

@@ -1,0 +1,1 @@
+"""Inference: variational EM, conditional distributions, marginal likelihood, NUTS."""

@@ -1,0 +1,180 @@
+"""What an estimation returns: a value with its parameters, its course, and how to keep it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowme.infer.conditional import Conditional
+from flowme.infer.joint import Joint, Weights
+from flowme.study import Study
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted population model.
+
+    Attributes:
+        joint: the model and the roles of its sites.
+        study: the study it was fitted to.
+        theta: population parameters on their unconstrained scale, `[parameter]`.
+        weights: weights of the flows, by site.
+        conditional: N(m_i, C_i) around each subject's p(η_i | y_i; θ).
+        log_likelihood: log p(y_i; θ), `[subject]`.
+        log_likelihood_se: Monte-Carlo standard error of each (0 by quadrature), `[subject]`.
+        information: minus the Hessian of the objective at θ; None where it was not computed.
+        history: the objective after each iteration.
+        converged: whether the stopping rule was met.
+        messages: what the user should know: failed subjects, degenerate parameters, why stopped.
+        use_priors: MAP instead of maximum likelihood.
+        selection: for flows, the held-out log-likelihood after each number of updates, relative
+            to none (the Gaussian).
+    """
+
+    joint: Joint
+    study: Study
+    theta: jax.Array
+    weights: Weights
+    conditional: Conditional
+    log_likelihood: np.ndarray
+    log_likelihood_se: np.ndarray
+    information: np.ndarray | None
+    history: np.ndarray
+    converged: bool
+    messages: tuple[str, ...] = ()
+    use_priors: bool = False
+    selection: np.ndarray | None = None
+
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """Population parameters on their own scale, and flow weights, by site."""
+        return {**self.joint.constrain(self.theta), **self.weights}
+
+    @property
+    def minus_two_ll(self) -> float:
+        """-2 log p(y; θ), the marginal likelihood."""
+        return -2.0 * float(np.sum(self.log_likelihood))
+
+    @property
+    def minus_two_ll_se(self) -> float:
+        """Monte-Carlo standard error of `minus_two_ll`."""
+        return 2.0 * float(np.sqrt(np.sum(self.log_likelihood_se**2)))
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of estimated parameters, weights of flows included."""
+        return self.joint.size + sum(int(np.size(w)) for w in self.weights.values())
+
+    @property
+    def aic(self) -> float:
+        """-2 log p(y; θ) + 2 · parameters. For a flow it counts every weight: prefer held-out."""
+        return self.minus_two_ll + 2 * self.parameter_count
+
+    @property
+    def bic(self) -> float:
+        """-2 log p(y; θ) + log(subjects) · parameters."""
+        return self.minus_two_ll + np.log(self.study.subjects.size) * self.parameter_count
+
+    def covariance(self) -> np.ndarray | None:
+        """Covariance of the estimate of θ (unconstrained), the inverse observed information.
+
+        None when it was not computed or is not positive definite (a degenerate Ω, a parameter
+        that the study does not identify).
+        """
+        if self.information is None or not np.all(np.isfinite(self.information)):
+            return None
+        values, vectors = np.linalg.eigh(self.information)
+        if values.size and values[0] <= 1e-9 * values[-1]:
+            return None
+        return vectors / values @ vectors.T
+
+    def standard_errors(self) -> dict[str, np.ndarray] | None:
+        """Standard errors of the population parameters on their own scale, by the delta method."""
+        covariance = self.covariance()
+        if covariance is None:
+            return None
+        jacobian = jax.jacobian(self.joint.constrain)(self.theta)
+        return {
+            name: np.sqrt(np.einsum("...a,ab,...b->...", np.asarray(j), covariance, np.asarray(j)))
+            for name, j in jacobian.items()
+        }
+
+
+def save(fit: Fit, path: str | Path) -> Path:
+    """Write a fit to one file (`.npz`): estimates, conditional distributions, course.
+
+    The model is code and the study a table: give them again to `load`.
+    """
+    path = Path(path).with_suffix(".npz")
+    header = {
+        "format": 1,
+        "parameters": {n: list(s.shape) for n, s in fit.joint.roles.population.items()},
+        "effects": list(fit.joint.roles.effect_names),
+        "subjects": [str(i) for i in fit.study.subjects.ids],
+        "converged": fit.converged,
+        "messages": list(fit.messages),
+        "use_priors": fit.use_priors,
+    }
+    arrays: dict[str, Any] = {f"weights:{name}": w for name, w in fit.weights.items()}
+    for field in ("theta", "log_likelihood", "log_likelihood_se", "history"):
+        arrays[field] = getattr(fit, field)
+    for field in ("information", "selection"):
+        if getattr(fit, field) is not None:
+            arrays[field] = getattr(fit, field)
+    arrays |= {"mean": fit.conditional.mean, "scale_tril": fit.conditional.scale_tril}
+    np.savez_compressed(path, header=np.array(json.dumps(header)), **arrays)
+    return path
+
+
+def load(path: str | Path, model: Callable, study: Study) -> Fit:
+    """The fit written by `save`, of the same model to the same study.
+
+    Raises:
+        ValueError: the model's parameters or the study's subjects are not those of the file.
+    """
+    with np.load(path) as file:
+        arrays = dict(file)
+    header = json.loads(str(arrays.pop("header")))
+    joint = Joint.of(model, study)
+    found = {
+        "parameters": {n: list(s.shape) for n, s in joint.roles.population.items()},
+        "effects": list(joint.roles.effect_names),
+        "subjects": [str(i) for i in study.subjects.ids],
+    }
+    for what, value in found.items():
+        if header[what] != value:
+            raise ValueError(
+                f"expected a model and a study with the {what} of {Path(path).name}, "
+                f"{_short(header[what])}; got {_short(value)}."
+            )
+    weights = {
+        name: jnp.asarray(arrays[f"weights:{name}"]) for name in joint.roles.weights
+    }
+    conditional = Conditional(jnp.asarray(arrays["mean"]), jnp.asarray(arrays["scale_tril"]))
+    return Fit(
+        joint=joint,
+        study=study,
+        theta=jnp.asarray(arrays["theta"]),
+        weights=weights,
+        conditional=conditional,
+        log_likelihood=arrays["log_likelihood"],
+        log_likelihood_se=arrays["log_likelihood_se"],
+        information=arrays.get("information"),
+        history=arrays["history"],
+        converged=header["converged"],
+        messages=tuple(header["messages"]),
+        use_priors=header["use_priors"],
+        selection=arrays.get("selection"),
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 200 else text[:200] + " ..."

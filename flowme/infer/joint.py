@@ -1,0 +1,182 @@
+"""A model as functions of its unknowns: log p(y_i | η_i; θ), log p(η_i; θ), log p(θ).
+
+θ is the vector of all population parameters, each on its unconstrained scale, `[parameter]`; w the
+weights of the flows, by site; η the random effects of all sites side by side, `[subject, effect]`.
+Subjects are independent given θ and w, so every function is written for all of them at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.distributions import biject_to
+from numpyro.handlers import seed, substitute, trace
+
+from flowme.effects import RandomEffect
+from flowme.roles import Roles, roles
+from flowme.study import Study
+
+Weights = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Joint:
+    """The joint density of `model`, whose sites play the roles `roles`."""
+
+    model: Callable
+    roles: Roles
+
+    @classmethod
+    def of(cls, model: Callable, study: Study) -> Joint:
+        return cls(model, roles(model, study))
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each population parameter stands in θ."""
+        found, start = {}, 0
+        for name, site in self.roles.population.items():
+            size = math.prod(biject_to(site.support).inverse_shape(site.shape))
+            found[name] = slice(start, start + size)
+            start += size
+        return found
+
+    @property
+    def signature(self) -> tuple:
+        """What a compiled program of this model depends on besides the shape of its arguments."""
+        roles = self.roles
+        shapes = tuple((name, site.shape, site.effect) for name, site in roles.population.items())
+        laws = tuple((name, type(law).__name__) for name, law in roles.laws.items())
+        return shapes, laws, tuple(roles.weights), tuple(roles.effects.items()), roles.outcomes
+
+    @property
+    def size(self) -> int:
+        """Length of θ."""
+        return max((s.stop for s in self.slices.values()), default=0)
+
+    @property
+    def effect_size(self) -> int:
+        """Number of random effects per subject."""
+        return len(self.roles.effect_names)
+
+    def constrain(self, theta: jax.Array) -> dict[str, jax.Array]:
+        """Population parameters by name, on their own scale, from θ."""
+        values = {}
+        for name, site in self.roles.population.items():
+            to = biject_to(site.support)
+            values[name] = to(theta[self.slices[name]].reshape(to.inverse_shape(site.shape)))
+        return values
+
+    def unconstrain(self, values: dict[str, Any]) -> jax.Array:
+        """θ from population parameters by name; those left out take their starting values."""
+        unknown = set(values) - set(self.roles.population)
+        if unknown:
+            raise ValueError(
+                f"expected population parameters among {sorted(self.roles.population)}; got "
+                f"{sorted(unknown)}."
+            )
+        pieces = [jnp.zeros(0)]
+        for name, site in self.roles.population.items():
+            value = jnp.asarray(values.get(name, site.init), float)
+            if value.shape != site.shape or not bool(jnp.all(site.support(value))):
+                raise ValueError(
+                    f"expected {name!r} of shape {list(site.shape)} within its support, "
+                    f"{site.support}; got {values.get(name, site.init)}."
+                )
+            pieces.append(jnp.ravel(biject_to(site.support).inv(value)))
+        return jnp.concatenate(pieces)
+
+    def split(self, eta: jax.Array) -> dict[str, jax.Array]:
+        """η `[subject, effect]` by site."""
+        values, start = {}, 0
+        for name, names in self.roles.effects.items():
+            values[name] = eta[:, start : start + len(names)]
+            start += len(names)
+        return values
+
+    def sites(self, values: dict[str, jax.Array], weights: Weights, eta: jax.Array, study: Study):
+        """The trace of the model at these values."""
+        data = {**values, **weights, **self.split(eta)}
+        # Outcomes of a study without values are drawn; the key is fixed for want of a better.
+        model = seed(substitute(self.model, data=data), jax.random.key(0))
+        return trace(model).get_trace(study)
+
+    def terms(
+        self, values: dict[str, jax.Array], weights: Weights, eta: jax.Array, study: Study
+    ) -> tuple[jax.Array, jax.Array]:
+        """log p(y_i | η_i; θ) and log p(η_i; θ), each `[subject]`."""
+        sites = self.sites(values, weights, eta, study)
+        zero = jnp.zeros(eta.shape[0])
+        likelihood = sum((_log_prob(sites[name]) for name in self.roles.outcomes), zero)
+        effect = sum((_log_prob(sites[name]) for name in self.roles.effects), zero)
+        return likelihood, effect
+
+    def log_prior(self, theta: jax.Array, study: Study) -> jax.Array:
+        """log p(θ) on the parameters' own scale, no Jacobian: the penalty of MAP estimation."""
+        eta = jnp.zeros((study.subjects.size, self.effect_size))
+        weights = {name: jnp.asarray(w) for name, w in self.roles.weights.items()}
+        sites = self.sites(self.constrain(theta), weights, eta, study)
+        per_subject = {*self.roles.outcomes, *self.roles.effects}
+        return sum(
+            (
+                jnp.sum(_log_prob(site))
+                for name, site in sites.items()
+                if site["type"] == "sample" and name not in per_subject
+            ),
+            jnp.zeros(()),
+        )
+
+    def laws(self, theta: jax.Array, weights: Weights, study: Study) -> list[Any]:
+        """The distributions of the random effects, one per site, of batch shape `[subject]`."""
+        eta = jnp.zeros((study.subjects.size, self.effect_size))
+        sites = self.sites(self.constrain(theta), weights, eta, study)
+        return [sites[name]["fn"] for name in self.roles.effects]
+
+    def sample_effects(
+        self, key: jax.Array, theta: jax.Array, weights: Weights, study: Study, count: int
+    ) -> jax.Array:
+        """`count` draws of every subject's η from the population, `[draw, subject, effect]`."""
+        laws = self.laws(theta, weights, study)
+        keys = jax.random.split(key, len(laws))
+        draws = [law.sample(k, (count,)) for k, law in zip(keys, laws, strict=True)]
+        return jnp.concatenate([d.reshape(*d.shape[:2], -1) for d in draws], -1)
+
+    def effect_moments(
+        self, key: jax.Array, theta: jax.Array, weights: Weights, study: Study
+    ) -> tuple[jax.Array, jax.Array]:
+        """E η `[effect]` and Cov η `[effect, effect]`: by formula, or from 4096 draws."""
+        means, blocks = [], []
+        laws = self.laws(theta, weights, study)
+        for k, law in zip(jax.random.split(key, len(laws)), laws, strict=True):
+            inner = getattr(law, "base_dist", law)
+            if isinstance(inner, RandomEffect):
+                mean, covariance = inner.mean, inner.covariance_matrix
+            else:
+                draws = law.sample(k, (4096,))[:, 0].reshape(4096, -1)
+                mean, covariance = draws.mean(0), jnp.atleast_2d(jnp.cov(draws, rowvar=False))
+            means.append(mean)
+            blocks.append(covariance)
+        return jnp.concatenate(means), jax.scipy.linalg.block_diag(*blocks)
+
+    def individual(
+        self, theta: jax.Array, weights: Weights, eta: jax.Array, study: Study
+    ) -> dict[str, jax.Array]:
+        """Individual parameters by site, `[subject, parameter]`."""
+        sites = self.sites(self.constrain(theta), weights, eta, study)
+        return {name: sites[name]["value"] for name in self.roles.individual}
+
+
+def _log_prob(site: dict) -> jax.Array:
+    scale = 1.0 if site["scale"] is None else site["scale"]
+    return scale * site["fn"].log_prob(site["value"])
+
+
+def start_weights(joint: Joint) -> Weights:
+    """The flow weights that the model states."""
+    return {name: jnp.asarray(w) for name, w in joint.roles.weights.items()}

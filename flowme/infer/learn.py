@@ -1,0 +1,182 @@
+"""Weights of a flow by stochastic EM, with the stopping time chosen on held-out subjects.
+
+One update:
+
+1. E-step: fresh importance nodes η_ik around every subject's conditional distribution, their
+   likelihood, and from the normalised weights `draws` draws per subject;
+2. M-step of the density: `inner` optax steps on Σ_i log p(η_i - δ; ω, R, w) over the flow's weights
+   w, its scales and correlations and a shift δ of referenced effects, which the population
+   parameters then take over (parameter-expanded EM: Liu, Rubin & Wu 1998);
+3. one damped Newton step on the marginal likelihood for everything else (residual error, ...).
+
+The unrestricted maximum is a discrete distribution: the number of updates is the smoothing
+parameter. `held_out_curve` runs the folds side by side, each blind to its own subjects, and gives
+the marginal log-likelihood of every subject by the fold that did not see it, after every update.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flowme.infer.conditional import (
+    Conditional,
+    Nodes,
+    evaluate,
+    importance,
+    log_mean,
+    population_law,
+)
+from flowme.infer.joint import Joint, Weights
+from flowme.infer.newton import References, trust_region
+from flowme.study import Study
+
+
+class LearnState(NamedTuple):
+    """Where the learning stands."""
+
+    theta: jax.Array  # [parameter], unconstrained
+    weights: Weights
+    conditional: Conditional  # proposals; their means move with referenced parameters
+    optimizer: optax.OptState
+    log_likelihood: jax.Array  # log p(y_i; θ, w) before the update, [subject]
+
+
+class Learn(NamedTuple):
+    """The iteration for one model.
+
+    Attributes:
+        joint: the model.
+        references: which population parameters can take over a shift of an effect.
+        optimizer: an optax optimiser of the density's parameters.
+        count: importance nodes per subject.
+        draws: draws per subject in the M-step.
+        inner: optimiser steps per update.
+        use_priors: maximise log p(y; θ) + log p(θ).
+    """
+
+    joint: Joint
+    references: References
+    optimizer: optax.GradientTransformation
+    count: int
+    draws: int
+    inner: int
+    use_priors: bool
+
+    def start(self, theta, weights, conditional) -> LearnState:
+        """The state from a Gaussian fit: its θ and conditional distributions."""
+        optimizer = self.optimizer.init(self._density_parameters(theta, weights))
+        zero = jnp.zeros(conditional.mean.shape[0])
+        return LearnState(theta, weights, conditional, optimizer, zero)
+
+    def update(self, key, state: LearnState, mask: jax.Array, study: Study) -> LearnState:
+        """One EM update that learns from the subjects of `mask` `[subject]` (1 or 0)."""
+        key_nodes, key_draws = jax.random.split(key)
+        broad = population_law(self.joint, state.theta, state.weights, study)
+        nodes = importance(key_nodes, state.conditional, broad, self.count)
+        likelihood, effect = evaluate(self.joint, state.theta, state.weights, nodes, study)
+        log_likelihood = log_mean(likelihood, effect, nodes.log_weight)
+        log_posterior = likelihood + effect + nodes.log_weight
+        chosen = jax.random.categorical(
+            key_draws,
+            jnp.where(jnp.isnan(log_posterior), -jnp.inf, log_posterior),
+            axis=0,
+            shape=(self.draws, mask.shape[0]),
+        )
+        eta = jnp.take_along_axis(nodes.eta, chosen[..., None], axis=0)
+        mask = mask * jnp.isfinite(log_likelihood)
+        parameters, optimizer = self._fit_density(state, eta, mask, study)
+        theta, weights, shift = self._absorb(state, parameters)
+        theta = self._rest(theta, state, nodes, mask, study)
+        conditional = state.conditional._replace(mean=state.conditional.mean - shift)
+        return LearnState(theta, weights, conditional, optimizer, log_likelihood)
+
+    def _learned_sites(self) -> list[str]:
+        """Population parameters that belong to the laws of the random effects: their scales."""
+        return [name for name, site in self.joint.roles.population.items() if site.effect]
+
+    def _density_parameters(self, theta, weights):
+        shift = jnp.zeros(self.joint.effect_size)
+        return {"theta": theta, "weights": weights, "shift": shift}
+
+    def _fit_density(self, state, eta, mask, study):
+        """`inner` optimiser steps on the draws `eta` `[draw, subject, effect]`."""
+        total = jnp.maximum(mask.sum(), 1.0)
+        parameters = self._density_parameters(state.theta, state.weights)
+
+        def loss(parameters):
+            theta, weights, shift = self._absorb(state, parameters)
+            values = self.joint.constrain(theta)
+            density = jax.vmap(lambda e: self.joint.terms(values, weights, e, study)[1])(
+                eta - shift
+            )
+            prior = self.joint.log_prior(theta, study) if self.use_priors else 0.0
+            return -(jnp.sum(density * mask) / self.draws + prior) / total
+
+        def step(carry, _):
+            parameters, optimizer = carry
+            moves, optimizer = self.optimizer.update(jax.grad(loss)(parameters), optimizer)
+            return (optax.apply_updates(parameters, moves), optimizer), None
+
+        carry, _ = jax.lax.scan(step, (parameters, state.optimizer), None, length=self.inner)
+        return carry
+
+    def _absorb(self, state, parameters):
+        """θ with the learned scales of `parameters` and its shift, which has one place to go."""
+        theta = state.theta
+        for name in self._learned_sites():
+            where = self.joint.slices[name]
+            theta = theta.at[where].set(parameters["theta"][where])
+        matrix = jnp.asarray(self.references.matrix)
+        shift = parameters["shift"] * matrix.sum(1)
+        return theta + matrix.T @ shift, parameters["weights"], shift
+
+    def _rest(self, theta, state, nodes, mask, study):
+        """A damped Newton step for the population parameters that the density does not hold."""
+        joint = self.joint
+        kept = set(self._learned_sites()) | self.references.sites
+        free = [name for name in joint.slices if name not in kept]
+        if not free:
+            return theta
+        held = joint.constrain(state.theta)
+
+        def objective(theta):
+            values = {k: v if k in free else held[k] for k, v in joint.constrain(theta).items()}
+
+            def at(eta):
+                return joint.terms(values, state.weights, eta, study)
+
+            marginal = log_mean(*jax.vmap(at)(nodes.eta), nodes.log_weight)
+            prior = joint.log_prior(theta, study) if self.use_priors else 0.0
+            return jnp.sum(jnp.where(mask > 0, marginal, 0.0)) + prior
+
+        select = jnp.zeros(joint.size)
+        for name in free:
+            select = select.at[joint.slices[name]].set(1.0)
+        gradient = jax.grad(objective)(state.theta) * select
+        hessian = jax.hessian(objective)(state.theta) * select[:, None] * select
+        move, _ = trust_region(gradient, hessian - jnp.diag(1 - select), 0.2)
+        return theta + 0.5 * jnp.where(jnp.isfinite(move), move, 0.0)
+
+
+def held_out_curve(
+    learn: Learn, key: jax.Array, state: LearnState, folds: jax.Array, study: Study, updates: int
+):
+    """States of the folds after `updates` updates, and log p(y_i) `[update, subject]`, each
+    subject's from the fold that leaves it out.
+
+    Args:
+        state: the folds' states side by side, `[fold, ...]`.
+        folds: number of the fold that leaves out each subject, `[subject]`.
+    """
+    count = jax.tree.leaves(state)[0].shape[0]
+    masks = (folds != jnp.arange(count)[:, None]).astype(state.theta.dtype)
+
+    def step(state, key):
+        new = jax.vmap(lambda s, m: learn.update(key, s, m, study))(state, masks)
+        return new, jnp.take_along_axis(new.log_likelihood, folds[None], axis=0)[0]
+
+    return jax.lax.scan(step, state, jax.random.split(key, updates))

@@ -1,0 +1,87 @@
+"""The marginal log-likelihood by importance sampling, with its Monte-Carlo standard error."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import logsumexp
+
+from flowme.infer.conditional import evaluate, importance, laplace, log_mean, population_law
+from flowme.infer.joint import Joint, Weights
+from flowme.study import Study
+
+
+class MarginalLikelihood(NamedTuple):
+    """log p(y_i; θ) of every subject and its Monte-Carlo standard error, each `[subject]`."""
+
+    log_likelihood: np.ndarray
+    standard_error: np.ndarray
+
+    @property
+    def total(self) -> float:
+        """log p(y; θ)."""
+        return float(np.sum(self.log_likelihood))
+
+    @property
+    def total_se(self) -> float:
+        """Monte-Carlo standard error of `total`."""
+        return float(np.sqrt(np.sum(self.standard_error**2)))
+
+
+def marginal_log_likelihood(
+    key: jax.Array,
+    joint: Joint,
+    theta: jax.Array,
+    weights: Weights,
+    study: Study,
+    *,
+    points: int = 256,
+    replicates: int = 8,
+) -> MarginalLikelihood:
+    """log p(y_i; θ) = log ∫ p(y_i | η; θ) p(η; θ) dη for every subject of `study`.
+
+    Importance sampling from the mixture of a Gaussian around p(η_i | y_i; θ) and of the law of
+    the random effects (`flowme.infer.conditional.importance`), in independent randomised
+    quasi-Monte-Carlo replicates whose spread gives the standard error. The study need not be the
+    one the model was fitted to: this is how held-out subjects are judged, whatever their law.
+
+    Args:
+        key: random key; is consumed.
+        joint: the model.
+        theta: its population parameters, unconstrained, `[parameter]`.
+        weights: its flow weights.
+        study: the subjects.
+        points: points per subject and replicate.
+        replicates: independent replicates, at least 2.
+    """
+    if replicates < 2:
+        raise ValueError(f"expected at least 2 replicates for a standard error; got {replicates}.")
+    estimate = jax.jit(partial(_replicates, joint, points, replicates))
+    values = estimate(key, theta, weights, study)
+    mean = logsumexp(values, axis=0) - jnp.log(replicates)
+    relative = jnp.exp(values - mean)
+    error = jnp.std(relative, axis=0, ddof=1) / jnp.sqrt(replicates)
+    return MarginalLikelihood(np.asarray(mean), np.asarray(error))
+
+
+def _replicates(joint: Joint, points: int, replicates: int, key, theta, weights, study) -> Any:
+    values = joint.constrain(theta)
+    mean, covariance = joint.effect_moments(jax.random.key(0), theta, weights, study)
+    conditional = laplace(
+        lambda eta: joint.terms(values, weights, eta, study)[0],
+        mean,
+        covariance,
+        jnp.broadcast_to(mean, (study.subjects.size, mean.shape[0])),
+        20,
+    )
+    broad = population_law(joint, theta, weights, study)
+
+    def replicate(key):
+        nodes = importance(key, conditional, broad, points)
+        return log_mean(*evaluate(joint, theta, weights, nodes, study), nodes.log_weight)
+
+    return jax.lax.map(replicate, jax.random.split(key, replicates))

@@ -1,0 +1,240 @@
+"""Population parameters by trust-region Newton steps on the marginal log-likelihood.
+
+With nodes η_ik and weights v_ik held at what they are at θ₀ (`flowme.infer.conditional`),
+
+    F(θ) = Σ_i log Σ_k v_ik p(y_i | η_ik; θ) p(η_ik; θ)
+
+has the value, gradient and Hessian of the marginal log-likelihood at θ₀ (Fisher's and Louis's
+identities), so a step of Newton's method on F, after which the nodes are placed anew, is one on
+the likelihood itself: an EM iteration with the missing information taken off the curvature, and
+quadratic instead of linear convergence.
+
+When a population parameter enters only by its sum with a random effect (log ka + η_ka), the nodes
+move with it: ψ, and hence p(y_i | ψ), stay as they are and only p(η; θ) is differentiated. Such
+parameters are *referenced* (mu-referenced); `references` finds them by trying.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowme.infer.conditional import (
+    Conditional,
+    Nodes,
+    gaussian_law,
+    importance,
+    laplace,
+    log_mean,
+    quadrature,
+)
+from flowme.infer.joint import Joint, Weights
+from flowme.study import Study
+
+
+class References(NamedTuple):
+    """Which population parameters are referenced, by which effect."""
+
+    matrix: np.ndarray  # [effect, parameter]: 1 where η_j and θ_a enter as θ_a + η_j
+    sites: frozenset[str]  # population parameters all of whose elements are referenced
+
+    @property
+    def signature(self) -> tuple:
+        """What a compiled program depends on."""
+        return self.matrix.shape, self.matrix.tobytes()
+
+
+class NewtonState(NamedTuple):
+    """Where the iteration stands."""
+
+    theta: jax.Array  # [parameter], unconstrained
+    conditional: Conditional
+    log_likelihood: jax.Array  # log p(y_i; θ), [subject]
+    objective: jax.Array  # their sum, plus log p(θ) for MAP
+    radius: jax.Array  # of the trust region, in the unit of θ
+    gain: jax.Array  # what the last proposed step promised to add to the objective
+    accepted: jax.Array
+
+
+class Newton(NamedTuple):
+    """The iteration for one model. `order` nodes per effect, or `count` points where not Gaussian.
+
+    Attributes:
+        joint: the model.
+        references: what `references` found.
+        order: Gauss-Hermite nodes per effect; 0 for importance sampling.
+        count: points per subject of importance sampling.
+        use_priors: maximise log p(y; θ) + log p(θ).
+    """
+
+    joint: Joint
+    references: References
+    order: int
+    count: int
+    use_priors: bool
+
+    def start(self, key, theta, weights, study) -> NewtonState:
+        """The state at θ, the modes found from η = 0 by twenty Newton steps."""
+        zero = jnp.zeros((study.subjects.size, self.joint.effect_size))
+        conditional = self.locate(theta, weights, study, zero, 20)
+        one = jnp.ones(())
+        empty = NewtonState(theta, conditional, zero[:, 0], 0 * one, one, one, one > 0)
+        values, total = self._objective(key, theta, conditional, weights, study)
+        return empty._replace(log_likelihood=values, objective=total)
+
+    def locate(self, theta, weights, study, start, steps) -> Conditional:
+        """Modes and curvatures of the conditional distributions."""
+        values = self.joint.constrain(theta)
+        mean, covariance = self._moments(theta, weights, study)
+        return laplace(
+            lambda eta: self.joint.terms(values, weights, eta, study)[0],
+            mean,
+            covariance,
+            start,
+            steps,
+        )
+
+    def step(self, key, state: NewtonState, weights, study) -> NewtonState:
+        """One trust-region step: accepted if it adds a tenth of what it promised."""
+        gradient, hessian = self.derivatives(key, state, weights, study)
+        move, gain = trust_region(gradient, hessian, state.radius)
+        theta = state.theta + move
+        shift = jnp.asarray(self.references.matrix) @ move
+        conditional = self.locate(theta, weights, study, state.conditional.mean - shift, 3)
+        values, total = self._objective(key, theta, conditional, weights, study)
+
+        noise = 20 * jnp.finfo(total.dtype).eps * jnp.abs(state.objective)
+        ratio = (total - state.objective + noise) / (gain + noise)
+        accepted = jnp.isfinite(total) & (ratio > 0.1)
+        length = jnp.linalg.norm(move)
+        good = accepted & (ratio > 0.7)
+        radius = jnp.where(good, jnp.maximum(state.radius, 2.5 * length), state.radius)
+        radius = jnp.where(accepted, radius, 0.3 * length)
+        new = NewtonState(theta, conditional, values, total, radius, gain, accepted)
+        kept = state._replace(radius=radius, gain=gain, accepted=accepted)
+        return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, kept)
+
+    def derivatives(self, key, state: NewtonState, weights, study):
+        """Gradient and Hessian of the objective at θ."""
+        nodes = self._nodes(key, state.theta, state.conditional, weights, study)
+        marginal = self._marginal(state.theta, nodes, weights, study)
+
+        def objective(theta):
+            prior = self.joint.log_prior(theta, study) if self.use_priors else 0.0
+            return jnp.sum(marginal(theta)) + prior
+
+        return jax.grad(objective)(state.theta), jax.hessian(objective)(state.theta)
+
+    def _marginal(self, theta0, nodes, weights, study):
+        """θ -> log p(y_i; θ) `[subject]` at fixed nodes, moved along with referenced parameters."""
+        joint, references = self.joint, self.references
+        matrix = jnp.asarray(references.matrix)
+        held = joint.constrain(theta0)
+
+        def marginal(theta):
+            values = joint.constrain(theta)
+            shift = matrix @ (theta - theta0)
+            inner = {k: held[k] if k in references.sites else v for k, v in values.items()}
+
+            def at(eta):
+                likelihood = joint.terms(inner, weights, eta, study)[0]
+                return likelihood, joint.terms(values, weights, eta - shift, study)[1]
+
+            likelihood, effect = jax.vmap(at)(nodes.eta)
+            return log_mean(likelihood, effect, nodes.log_weight)
+
+        return marginal
+
+    def _objective(self, key, theta, conditional, weights, study):
+        nodes = self._nodes(key, theta, conditional, weights, study)
+        values = self._marginal(theta, nodes, weights, study)(theta)
+        prior = self.joint.log_prior(theta, study) if self.use_priors else 0.0
+        return values, jnp.sum(values) + prior
+
+    def _moments(self, theta, weights, study):
+        return self.joint.effect_moments(jax.random.key(0), theta, weights, study)
+
+    def _nodes(self, key, theta, conditional, weights, study) -> Nodes:
+        if self.order:
+            return jax.lax.stop_gradient(quadrature(conditional, self.order))
+        mean, covariance = self._moments(theta, weights, study)
+        broad = gaussian_law(mean, covariance, study.subjects.size)
+        return jax.lax.stop_gradient(importance(key, conditional, broad, self.count))
+
+
+def trust_region(gradient, hessian, radius):
+    """The step that maximises gᵀs - sᵀ|H|s/2 within ‖s‖ <= radius, and that maximum.
+
+    |H| has the absolute eigenvalues of the Hessian: where the likelihood is not concave the step
+    still goes up.
+    """
+    values, vectors = jnp.linalg.eigh(-0.5 * (hessian + hessian.T))
+    scale = jnp.max(jnp.abs(values))
+    values = jnp.maximum(jnp.abs(values), 1e-9 * scale)
+    slope = vectors.T @ gradient
+
+    def length(damping):
+        return jnp.linalg.norm(slope / (values + damping))
+
+    def bisect(_, bounds):
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        too_long = length(middle) > radius
+        return jnp.where(too_long, middle, low), jnp.where(too_long, high, middle)
+
+    high = jnp.linalg.norm(slope) / radius
+    _, damping = jax.lax.fori_loop(0, 60, bisect, (jnp.zeros_like(high), high))
+    damping = jnp.where(length(0.0) <= radius, 0.0, damping)
+    move = slope / (values + damping)
+    return vectors @ move, slope @ move - 0.5 * move @ (values * move)
+
+
+def references(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> References:
+    """Find the population parameters θ_a that enter only as θ_a + η_j.
+
+    By trying: log p(y_i | η; θ) of up to eight subjects must not change when θ_a goes up and η_j
+    down by the same amount, at three random places, and must change when θ_a alone does.
+    """
+    some = study.subset(range(min(8, study.subjects.size)))
+    d, p = joint.effect_size, joint.size
+    keys = jax.random.split(jax.random.key(0), 2)
+    around = theta + 0.1 * jax.random.normal(keys[0], (3, p))
+    eta = 0.2 * jax.random.normal(keys[1], (3, some.subjects.size, d))
+
+    def value(theta, eta, study):
+        return joint.terms(joint.constrain(theta), weights, eta, study)[0]
+
+    def tried(around, eta, study):
+        def at(theta, eta):
+            up = theta + 0.3 * jnp.eye(p)
+            alone = jax.vmap(lambda t: value(t, eta, study))(up)
+            down = eta - 0.3 * jnp.eye(d)[:, None]
+            both = jax.vmap(lambda t: jax.vmap(lambda e: value(t, e, study))(down))(up)
+            return value(theta, eta, study), alone, both
+
+        return jax.vmap(at)(around, eta)
+
+    # [3, subject], [3, parameter, subject], [3, parameter, effect, subject]
+    base, alone, both = (np.asarray(a) for a in jax.jit(tried)(around, eta, some))
+    tolerance = 1e-7 if base.dtype == np.float64 else 2e-3
+
+    def same(a, b):
+        close = np.abs(a - b) <= tolerance * (1 + np.abs(b))
+        return np.all(close & np.isfinite(b), axis=(0, -1))
+
+    unmoved = same(alone, base[:, None])  # [parameter]
+    matrix = same(both, base[:, None, None]).T & ~unmoved  # [effect, parameter]
+    matrix &= matrix.cumsum(0) == 1  # a parameter belongs to one effect, an effect to one parameter
+    matrix &= matrix.cumsum(1) == 1
+    sites = frozenset(
+        name
+        for name, where in joint.slices.items()
+        if matrix[:, where].any(0).all() and not joint.roles.population[name].effect
+    )
+    for name, where in joint.slices.items():
+        if name not in sites:
+            matrix[:, where] = False
+    return References(matrix.astype(float), sites)

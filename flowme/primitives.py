@@ -1,0 +1,244 @@
+"""The words of a flowme model: population, random_effect, individual, observe.
+
+Each issues ordinary NumPyro statements, so that every NumPyro handler and inference method works
+on the model. What flowme must know besides (units, starting values, component names) travels in
+the `infer` dictionary of the site, under the key "flowme".
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax.typing import ArrayLike
+from numpyro.primitives import Messenger, apply_stack
+
+from flowme.effects import RandomEffect
+from flowme.study import Study, Subjects
+
+
+def population(
+    name: str,
+    prior: dist.Distribution,
+    *,
+    init: float | None = None,
+    fixed: float | None = None,
+    unit: str = "",
+    label: str = "",
+) -> jax.Array:
+    """A population parameter: `numpyro.sample(name, prior)` with what an estimation needs.
+
+    Under maximum likelihood only the support of `prior` is used, and its median as the starting
+    value; under MAP and full Bayes it is the prior.
+
+    Args:
+        name: name of the parameter.
+        prior: its prior.
+        init: starting value, in place of the prior's median.
+        fixed: a value to hold it at; it is then not estimated.
+        unit: its unit, for tables and plots.
+        label: its name in tables and plots.
+
+    Raises:
+        ValueError: `init` or `fixed` outside the support of `prior`.
+    """
+    if not isinstance(prior, dist.Distribution):
+        raise TypeError(
+            f"expected a NumPyro distribution as the prior of population parameter {name!r}; "
+            f"got {prior!r}. To hold it at a value, give a prior and `fixed={prior!r}`."
+        )
+    for what, value in (("init", init), ("fixed", fixed)):
+        if value is not None and not _within(prior.support, value):
+            raise ValueError(
+                f"expected {what} of population parameter {name!r} within the support of its "
+                f"prior, {prior.support}; got {value}."
+            )
+    if fixed is not None:
+        return numpyro.deterministic(name, jnp.asarray(fixed, float))
+    about = {"role": "population", "init": init, "unit": unit, "label": label}
+    return numpyro.sample(name, prior, infer={"flowme": about})
+
+
+def _within(support, value) -> bool:
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.all(support(jnp.asarray(value, float))))
+
+
+def random_effect(
+    name: str,
+    effect: dist.Distribution,
+    subjects: Subjects,
+    names: Sequence[str] | None = None,
+) -> Any:
+    """Random effects η_i of every subject, and the parameters of their distribution.
+
+    The parameters that a `RandomEffect` learns become population-level sites `{name}_{parameter}`
+    (`eta_omega`, `eta_corr_cholesky`, ...) and, for a flow, the `numpyro.param` `{name}_weights`.
+    Then η is sampled in the plate "subject", at the site `name` of shape `[subject, effect]`.
+
+    Args:
+        name: name of the random effect, `"eta"`.
+        effect: its distribution: a flowme one, or any NumPyro distribution with real support
+            and event shape `[effect]` (its parameters being statements of the model).
+        subjects: `study.subjects`.
+        names: names of the components; needed when `effect` is not a flowme one.
+
+    Returns:
+        A named tuple of arrays `[subject]`, one per component: `eta.ka`.
+    """
+    # A message without "name" passes NumPyro's handlers untouched; `replace_effect` answers it.
+    message = {"type": "random_effect", "effect": name, "value": None, "fn": lambda: effect}
+    effect = apply_stack({**message, "args": (), "kwargs": {}})["value"]
+    if isinstance(effect, RandomEffect):
+        names, effect = effect.names, _learned(name, effect)
+    if not isinstance(effect, dist.Distribution):
+        raise TypeError(
+            f"expected a distribution for random effect {name!r}, such as "
+            f"fm.GaussianRandomEffect(['ka', 'V']); got {effect!r}."
+        )
+    if names is None or effect.event_shape != (len(names),):
+        raise ValueError(
+            f"expected random effect {name!r} to have event shape [effect] and one name per "
+            f"component, `names=[...]`; got event shape {list(effect.event_shape)} and names "
+            f"{names}."
+        )
+    about = {"role": "effect", "names": tuple(names)}
+    with subject_plate(subjects):
+        eta = numpyro.sample(name, effect, infer={"flowme": about})
+    return namedtuple(name, names)(*(eta[..., j] for j in range(len(names))))  # type: ignore
+
+
+def _learned(name: str, effect: RandomEffect) -> RandomEffect:
+    """`effect` with its parameters registered as sites of the model."""
+    values = {}
+    for parameter, prior in effect.priors().items():
+        about = {"role": "population", "init": getattr(effect, parameter), "effect": name}
+        values[parameter] = numpyro.sample(f"{name}_{parameter}", prior, infer={"flowme": about})
+    if effect.network:
+        values["weights"] = numpyro.param(f"{name}_weights", effect.weights)  # type: ignore
+    return effect.with_parameters(**values)
+
+
+class replace_effect(Messenger):
+    """A handler: the same model with another distribution of its random effects.
+
+    `replace_effect(model, eta=fm.FlowRandomEffect(["ka", "V", "CL"]))` is the model with that
+    one line changed.
+    """
+
+    def __init__(self, fn: Callable | None = None, **effects: dist.Distribution):
+        super().__init__(fn)
+        self.effects = effects
+
+    def process_message(self, msg):
+        if msg["type"] == "random_effect" and msg["effect"] in self.effects:
+            msg["value"] = self.effects[msg["effect"]]
+
+
+def individual(subjects: Subjects, *, name: str = "psi", **parameters: ArrayLike) -> Any:
+    """Individual parameters ψ_i, named: what the structural model is a function of.
+
+    Args:
+        subjects: `study.subjects`.
+        name: name of the site that records them, `[subject, parameter]`.
+        **parameters: each a number (the same for all) or an array `[subject]`.
+
+    Returns:
+        A named tuple of arrays `[subject]`: `psi.ka`.
+    """
+    if not parameters:
+        raise ValueError("expected at least one individual parameter, such as V=V * exp(eta.V).")
+    arrays = {}
+    for key, value in parameters.items():
+        if jnp.shape(value) not in ((), (subjects.size,)):
+            raise ValueError(
+                f"expected individual parameter {key!r} to be a number or of shape [subject] = "
+                f"[{subjects.size}]; got shape {list(jnp.shape(value))}."
+            )
+        arrays[key] = jnp.broadcast_to(jnp.asarray(value, float), (subjects.size,))
+    _record(name, jnp.stack(list(arrays.values()), -1), role="individual", names=tuple(arrays))
+    return namedtuple(name, list(arrays))(**arrays)  # type: ignore
+
+
+def observe(name: str, law: dist.Distribution, study: Study) -> jax.Array:
+    """The observations of outcome `name`, given their law: one log-likelihood per subject.
+
+    log p(y_i | ψ_i) = Σ_j log p(y_ij | f_ij) over the times at which subject i was measured;
+    padding and times at which only other outcomes were measured do not count. In a study without
+    values (`study.unobserved()`) the outcome is sampled.
+
+    Args:
+        name: an outcome of the study.
+        law: distribution of the observations, of batch shape `[subject, time]`.
+        study: the study.
+
+    Returns:
+        The observed (or sampled) values `[subject, time]`.
+    """
+    if name not in study.observed:
+        raise ValueError(
+            f"expected an outcome of the study, one of {sorted(study.observed)}; got {name!r}."
+        )
+    if name in study.censored:
+        raise ValueError(
+            f"expected uncensored observations of {name!r}; got rows with CENS different from 0, "
+            "which observe() does not model yet. Leave these rows out, knowing that this biases "
+            "the estimates."
+        )
+    mask = study.observed[name]
+    if law.batch_shape != jnp.shape(mask) or law.event_shape:
+        raise ValueError(
+            f"expected a law of batch shape [subject, time] = {list(jnp.shape(mask))} for outcome "
+            f"{name!r}; got batch shape {list(law.batch_shape)} and event shape "
+            f"{list(law.event_shape)}. A prediction per time needs [:, None] on what is per subject."
+        )
+    values = study.values.get(name)
+    if values is not None:
+        law, values = _fill_unobserved(law, jnp.asarray(values), jnp.asarray(mask))
+    with subject_plate(study.subjects):
+        return numpyro.sample(
+            name,
+            law.mask(mask).to_event(1),
+            obs=values,
+            infer={"flowme": {"role": "outcome"}},
+        )
+
+
+def _fill_unobserved(law, values, mask):
+    """Cells that do not count get the law and value of one that does (of the same subject).
+
+    They are masked all the same; but a prediction of 0 there, under a proportional error, would
+    be an infinite log density whose masked gradient is NaN.
+    """
+    count = mask.shape[1]
+    cell = jnp.where(mask, jnp.arange(count), jnp.argmax(mask, axis=1)[:, None])
+
+    def fill(leaf):
+        if jnp.ndim(leaf) < 2 or leaf.shape[-1] != count:
+            return leaf
+        return jnp.take_along_axis(jnp.broadcast_to(leaf, mask.shape), cell, axis=1)
+
+    return jax.tree.map(fill, law), fill(values)
+
+
+def subject_plate(subjects: Subjects) -> numpyro.plate:
+    """`numpyro.plate("subject", ...)`: statements in it are one per subject."""
+    return numpyro.plate("subject", subjects.size, dim=-1)
+
+
+def _record(name: str, value: jax.Array, **about: Any) -> None:
+    """`numpyro.deterministic`, with something said about the site."""
+    apply_stack(
+        {
+            "type": "deterministic",
+            "name": name,
+            "value": value,
+            "cond_indep_stack": [],
+            "infer": {"flowme": about},
+        }
+    )
