@@ -86,15 +86,19 @@ def laplace(
 
     fractions = jnp.array([1.0, 0.5, 0.2, 0.05, 0.01, 0.0])
 
-    def step(_, eta):
+    def step(number, carry):
+        eta, *_ = carry
         slope, values, vectors = newton(eta)
         move = jnp.einsum("sde,se->sd", vectors, jnp.einsum("sde,sd->se", vectors, slope) / values)
+        # One round more than steps, for the curvature at the last point, in the same program text.
+        move = jnp.where(number < steps, move, 0.0)
         tried = eta + fractions[:, None, None] * move
         best = jnp.argmax(jax.vmap(objective)(tried), axis=0)
-        return jnp.take_along_axis(tried, best[None, :, None], axis=0)[0]
+        eta = jnp.take_along_axis(tried, best[None, :, None], axis=0)[0]
+        return eta, values, vectors
 
-    mode = jax.lax.fori_loop(0, steps, step, start)
-    _, values, vectors = newton(mode)
+    empty = (start, jnp.zeros(start.shape), jnp.zeros((*start.shape, size)))
+    mode, values, vectors = jax.lax.fori_loop(0, steps + 1, step, empty)
     return Conditional(mode, vectors / jnp.sqrt(values)[:, None, :])
 
 
@@ -159,7 +163,7 @@ def importance(
     *,
     share: float = 0.2,
     inflate: float = 1.2,
-) -> Nodes:
+) -> tuple[Nodes, jax.Array]:
     """Randomised quasi-Monte-Carlo nodes of the mixture proposal
 
         q_i = (1 - share) N(m_i, inflate² C_i) + share · broad.
@@ -171,6 +175,9 @@ def importance(
         conditional: m_i and the factors of C_i.
         broad: the second part.
         count: nodes per subject.
+
+    Returns:
+        The nodes, and the log density of `broad` at them, `[node, subject]`.
     """
     mean, tril = conditional.mean, inflate * conditional.scale_tril
     subjects, size = mean.shape
@@ -184,20 +191,19 @@ def importance(
     eta = jnp.concatenate(
         [mean + jnp.einsum("sde,kse->ksd", tril, z), broad.draw(key_wide, wide)]
     )
+    log_wide = broad.log_density(eta)
     whitened = jnp.linalg.solve(tril, jnp.moveaxis(eta - mean, 0, -1))  # [subject, effect, node]
     log_near = -0.5 * jnp.sum(whitened**2 + math.log(2 * math.pi), 1).T - _log_det(tril)
-    log_q = jnp.logaddexp(
-        math.log(near / count) + log_near, math.log(wide / count) + broad.log_density(eta)
-    )
-    return Nodes(eta, -log_q - math.log(count))
+    log_q = jnp.logaddexp(math.log(near / count) + log_near, math.log(wide / count) + log_wide)
+    return Nodes(eta, -log_q - math.log(count)), log_wide
 
 
-def evaluate(
+def likelihood_at(
     joint: Joint, theta: jax.Array, weights: Weights, nodes: Nodes, study: Study
-) -> tuple[jax.Array, jax.Array]:
-    """log p(y_i | η_ik; θ) and log p(η_ik; θ) at the nodes, each `[node, subject]`."""
+) -> jax.Array:
+    """log p(y_i | η_ik; θ) at the nodes, `[node, subject]`."""
     values = joint.constrain(theta)
-    return jax.vmap(lambda eta: joint.terms(values, weights, eta, study))(nodes.eta)
+    return jax.vmap(lambda eta: joint.terms(values, weights, eta, study)[0])(nodes.eta)
 
 
 def log_mean(likelihood: jax.Array, effect: jax.Array, log_weight: jax.Array) -> jax.Array:

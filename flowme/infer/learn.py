@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flowme.effects import RandomEffect
 from flowme.infer.conditional import (
     Conditional,
     Nodes,
-    evaluate,
     importance,
+    likelihood_at,
     log_mean,
     population_law,
 )
@@ -76,8 +77,8 @@ class Learn(NamedTuple):
         """One EM update that learns from the subjects of `mask` `[subject]` (1 or 0)."""
         key_nodes, key_draws = jax.random.split(key)
         broad = population_law(self.joint, state.theta, state.weights, study)
-        nodes = importance(key_nodes, state.conditional, broad, self.count)
-        likelihood, effect = evaluate(self.joint, state.theta, state.weights, nodes, study)
+        nodes, effect = importance(key_nodes, state.conditional, broad, self.count)
+        likelihood = likelihood_at(self.joint, state.theta, state.weights, nodes, study)
         log_likelihood = log_mean(likelihood, effect, nodes.log_weight)
         log_posterior = likelihood + effect + nodes.log_weight
         chosen = jax.random.categorical(
@@ -90,7 +91,8 @@ class Learn(NamedTuple):
         mask = mask * jnp.isfinite(log_likelihood)
         parameters, optimizer = self._fit_density(state, eta, mask, study)
         theta, weights, shift = self._absorb(state, parameters)
-        theta = self._rest(theta, state, nodes, mask, study)
+        fixed = Nodes(nodes.eta, nodes.log_weight + effect)
+        theta = self._rest(theta, state, fixed, mask, study)
         conditional = state.conditional._replace(mean=state.conditional.mean - shift)
         return LearnState(theta, weights, conditional, optimizer, log_likelihood)
 
@@ -130,7 +132,7 @@ class Learn(NamedTuple):
         for name in self._learned_sites():
             where = self.joint.slices[name]
             theta = theta.at[where].set(parameters["theta"][where])
-        matrix = jnp.asarray(self.references.matrix)
+        matrix = jnp.asarray(self.references.matrix(self.joint))
         shift = parameters["shift"] * matrix.sum(1)
         return theta + matrix.T @ shift, parameters["weights"], shift
 
@@ -142,14 +144,19 @@ class Learn(NamedTuple):
         if not free:
             return theta
         held = joint.constrain(state.theta)
+        # Whether all laws keep their own parameters, so that none of these enters p(η).
+        own = set(joint.roles.laws) == set(joint.roles.effects) and all(
+            isinstance(law, RandomEffect) for law in joint.roles.laws.values()
+        )
 
         def objective(theta):
             values = {k: v if k in free else held[k] for k, v in joint.constrain(theta).items()}
 
             def at(eta):
-                return joint.terms(values, state.weights, eta, study)
+                likelihood, effect = joint.terms(values, state.weights, eta, study)
+                return likelihood if own else likelihood + effect - jax.lax.stop_gradient(effect)
 
-            marginal = log_mean(*jax.vmap(at)(nodes.eta), nodes.log_weight)
+            marginal = log_mean(jax.vmap(at)(nodes.eta), 0.0, nodes.log_weight)
             prior = joint.log_prior(theta, study) if self.use_priors else 0.0
             return jnp.sum(jnp.where(mask > 0, marginal, 0.0)) + prior
 
@@ -162,21 +169,33 @@ class Learn(NamedTuple):
         return theta + 0.5 * jnp.where(jnp.isfinite(move), move, 0.0)
 
 
-def held_out_curve(
-    learn: Learn, key: jax.Array, state: LearnState, folds: jax.Array, study: Study, updates: int
-):
-    """States of the folds after `updates` updates, and log p(y_i) `[update, subject]`, each
-    subject's from the fold that leaves it out.
+class Block(NamedTuple):
+    """What some updates side by side went through."""
+
+    held_out: jax.Array  # log p(y_i) by the fold that leaves i out, before each, [update, subject]
+    log_likelihood: jax.Array  # log p(y) by the state that sees all, before each, [update]
+    theta: jax.Array  # θ of the state that sees all, before each, [update, parameter]
+    weights: Weights  # its weights, [update, weight]
+
+
+def side_by_side(
+    learn: Learn, key: jax.Array, states: LearnState, folds: jax.Array, study: Study, updates: int
+) -> tuple[LearnState, Block]:
+    """Updates of the states of all folds, and of one more that sees every subject.
 
     Args:
-        state: the folds' states side by side, `[fold, ...]`.
+        states: `[fold + 1, ...]`; the last one sees every subject.
         folds: number of the fold that leaves out each subject, `[subject]`.
+        updates: how many.
     """
-    count = jax.tree.leaves(state)[0].shape[0]
-    masks = (folds != jnp.arange(count)[:, None]).astype(state.theta.dtype)
+    count = states.theta.shape[0]
+    masks = (folds != jnp.arange(count)[:, None]).astype(states.theta.dtype)
 
-    def step(state, key):
-        new = jax.vmap(lambda s, m: learn.update(key, s, m, study))(state, masks)
-        return new, jnp.take_along_axis(new.log_likelihood, folds[None], axis=0)[0]
+    def step(before, key):
+        after = jax.vmap(lambda s, m: learn.update(key, s, m, study))(before, masks)
+        values = after.log_likelihood
+        held_out = jnp.take_along_axis(values, folds[None], axis=0)[0]
+        last = jax.tree.map(lambda x: x[-1], (before.theta, before.weights))
+        return after, Block(held_out, jnp.sum(values[-1]), *last)
 
-    return jax.lax.scan(step, state, jax.random.split(key, updates))
+    return jax.lax.scan(step, states, jax.random.split(key, updates))

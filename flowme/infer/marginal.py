@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
 
-from flowme.infer.conditional import evaluate, importance, laplace, log_mean, population_law
+from flowme.infer.conditional import importance, laplace, likelihood_at, log_mean, population_law
 from flowme.infer.joint import Joint, Weights
 from flowme.study import Study
 
@@ -81,7 +81,8 @@ def _replicates(joint: Joint, points: int, replicates: int, key, theta, weights,
     broad = population_law(joint, theta, weights, study)
 
     def replicate(key):
-        nodes = importance(key, conditional, broad, points)
-        return log_mean(*evaluate(joint, theta, weights, nodes, study), nodes.log_weight)
+        nodes, effect = importance(key, conditional, broad, points)
+        likelihood = likelihood_at(joint, theta, weights, nodes, study)
+        return log_mean(likelihood, effect, nodes.log_weight)
 
     return jax.lax.map(replicate, jax.random.split(key, replicates))

@@ -36,15 +36,17 @@ from flowme.study import Study
 
 
 class References(NamedTuple):
-    """Which population parameters are referenced, by which effect."""
+    """The population parameters that enter only as θ_a + η_j."""
 
-    matrix: np.ndarray  # [effect, parameter]: 1 where η_j and θ_a enter as θ_a + η_j
+    pairs: tuple[tuple[int, str, int], ...]  # effect j; the site of θ_a and its element there
     sites: frozenset[str]  # population parameters all of whose elements are referenced
 
-    @property
-    def signature(self) -> tuple:
-        """What a compiled program depends on."""
-        return self.matrix.shape, self.matrix.tobytes()
+    def matrix(self, joint: Joint) -> np.ndarray:
+        """1 where parameter a is referenced by effect j, `[effect, parameter]`."""
+        matrix = np.zeros((joint.effect_size, joint.size))
+        for effect, site, element in self.pairs:
+            matrix[effect, joint.slices[site].start + element] = 1.0
+        return matrix
 
 
 class NewtonState(NamedTuple):
@@ -102,7 +104,7 @@ class Newton(NamedTuple):
         gradient, hessian = self.derivatives(key, state, weights, study)
         move, gain = trust_region(gradient, hessian, state.radius)
         theta = state.theta + move
-        shift = jnp.asarray(self.references.matrix) @ move
+        shift = jnp.asarray(self.references.matrix(self.joint)) @ move
         conditional = self.locate(theta, weights, study, state.conditional.mean - shift, 3)
         values, total = self._objective(key, theta, conditional, weights, study)
 
@@ -128,10 +130,15 @@ class Newton(NamedTuple):
 
         return jax.grad(objective)(state.theta), jax.hessian(objective)(state.theta)
 
+    def scores(self, key, state: NewtonState, weights, study) -> jax.Array:
+        """∂ log p(y_i; θ) / ∂θ of every subject, `[subject, parameter]`."""
+        nodes = self._nodes(key, state.theta, state.conditional, weights, study)
+        return jax.jacfwd(self._marginal(state.theta, nodes, weights, study))(state.theta)
+
     def _marginal(self, theta0, nodes, weights, study):
         """θ -> log p(y_i; θ) `[subject]` at fixed nodes, moved along with referenced parameters."""
         joint, references = self.joint, self.references
-        matrix = jnp.asarray(references.matrix)
+        matrix = jnp.asarray(references.matrix(joint))
         held = joint.constrain(theta0)
 
         def marginal(theta):
@@ -162,7 +169,7 @@ class Newton(NamedTuple):
             return jax.lax.stop_gradient(quadrature(conditional, self.order))
         mean, covariance = self._moments(theta, weights, study)
         broad = gaussian_law(mean, covariance, study.subjects.size)
-        return jax.lax.stop_gradient(importance(key, conditional, broad, self.count))
+        return jax.lax.stop_gradient(importance(key, conditional, broad, self.count)[0])
 
 
 def trust_region(gradient, hessian, radius):
@@ -196,45 +203,38 @@ def references(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -
     """Find the population parameters θ_a that enter only as θ_a + η_j.
 
     By trying: log p(y_i | η; θ) of up to eight subjects must not change when θ_a goes up and η_j
-    down by the same amount, at three random places, and must change when θ_a alone does.
+    down by the same amount, at two random places, and must change when θ_a alone does.
     """
     some = study.subset(range(min(8, study.subjects.size)))
     d, p = joint.effect_size, joint.size
     keys = jax.random.split(jax.random.key(0), 2)
-    around = theta + 0.1 * jax.random.normal(keys[0], (3, p))
-    eta = 0.2 * jax.random.normal(keys[1], (3, some.subjects.size, d))
+    theta = np.asarray(theta + 0.1 * jax.random.normal(keys[0], (2, p)))
+    eta = np.asarray(0.2 * jax.random.normal(keys[1], (2, some.subjects.size, d)))
+    up, down = 0.3 * np.eye(p), -0.3 * np.eye(d)[:, None]
+    # Per place: as it is, each θ_a up, and each with each η_j down.
+    thetas = [np.concatenate([t[None], t + up, np.repeat(t + up, d, axis=0)]) for t in theta]
+    etas = [np.concatenate([np.repeat(e[None], 1 + p, 0), np.tile(e + down, (p, 1, 1))]) for e in eta]
 
     def value(theta, eta, study):
         return joint.terms(joint.constrain(theta), weights, eta, study)[0]
 
-    def tried(around, eta, study):
-        def at(theta, eta):
-            up = theta + 0.3 * jnp.eye(p)
-            alone = jax.vmap(lambda t: value(t, eta, study))(up)
-            down = eta - 0.3 * jnp.eye(d)[:, None]
-            both = jax.vmap(lambda t: jax.vmap(lambda e: value(t, e, study))(down))(up)
-            return value(theta, eta, study), alone, both
-
-        return jax.vmap(at)(around, eta)
-
-    # [3, subject], [3, parameter, subject], [3, parameter, effect, subject]
-    base, alone, both = (np.asarray(a) for a in jax.jit(tried)(around, eta, some))
+    program = jax.jit(jax.vmap(value, in_axes=(0, 0, None)))
+    values = np.asarray(program(np.concatenate(thetas), np.concatenate(etas), some))
+    values = values.reshape(2, 1 + p + p * d, -1)
+    base, alone, both = values[:, 0], values[:, 1 : 1 + p], values[:, 1 + p :].reshape(2, p, d, -1)
     tolerance = 1e-7 if base.dtype == np.float64 else 2e-3
 
     def same(a, b):
         close = np.abs(a - b) <= tolerance * (1 + np.abs(b))
         return np.all(close & np.isfinite(b), axis=(0, -1))
 
-    unmoved = same(alone, base[:, None])  # [parameter]
-    matrix = same(both, base[:, None, None]).T & ~unmoved  # [effect, parameter]
-    matrix &= matrix.cumsum(0) == 1  # a parameter belongs to one effect, an effect to one parameter
-    matrix &= matrix.cumsum(1) == 1
-    sites = frozenset(
-        name
-        for name, where in joint.slices.items()
-        if matrix[:, where].any(0).all() and not joint.roles.population[name].effect
-    )
-    for name, where in joint.slices.items():
-        if name not in sites:
-            matrix[:, where] = False
-    return References(matrix.astype(float), sites)
+    found = same(both, base[:, None, None]) & ~same(alone, base[:, None])[:, None]
+    pairs = []
+    for site, where in joint.slices.items():
+        partners = [np.flatnonzero(row) for row in found[where]]
+        taken = {effect for effect, *_ in pairs}
+        # All elements of a site or none, each with an effect of its own.
+        new = [int(j[0]) for j in partners if len(j) == 1]
+        if len(set(new) - taken) == len(partners) and not joint.roles.population[site].effect:
+            pairs += [(effect, site, element) for element, effect in enumerate(new)]
+    return References(tuple(pairs), frozenset(site for _, site, _ in pairs))

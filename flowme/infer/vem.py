@@ -16,7 +16,7 @@ from flowme.effects import GaussianRandomEffect, RandomEffect
 from flowme.infer.conditional import Conditional
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, start_weights
-from flowme.infer.learn import Learn, LearnState, held_out_curve
+from flowme.infer.learn import Learn, LearnState, side_by_side
 from flowme.infer.marginal import marginal_log_likelihood
 from flowme.infer.newton import Newton, NewtonState, References, references
 from flowme.primitives import replace_effect
@@ -24,6 +24,9 @@ from flowme.study import Study
 
 # Gauss-Hermite nodes per effect, by number of effects; beyond, importance sampling.
 _ORDER = {1: 15, 2: 9, 3: 5, 4: 4}
+
+_BLOCK = 5  # updates of a flow in one compiled call, between two moves of the progress bar
+_PATIENCE = 15  # updates without a better held-out likelihood after which a flow is stopped
 
 
 class VEMState(NamedTuple):
@@ -149,9 +152,7 @@ class VariationalEM:
             first = self._climb(keys[0], gaussian, known, study, progress)
             values, weights = _start(keys[1], joint, laws, first, init or {})
             if weights:
-                course = self._learn_flow(
-                    keys[2], joint, values, weights, first, study, progress
-                )
+                course = self._learn_flow(keys[2], joint, values, weights, first, study, progress)
             else:
                 course = self._climb(keys[2], joint, values, study, progress)
         return self._finish(keys[3], course, study)
@@ -197,56 +198,54 @@ class VariationalEM:
     def _learn(self, joint: Joint, found: References) -> Learn:
         return Learn(joint, found, self.optimizer, 64, 8, 10, self.use_priors)
 
-    def _learn_flow(self, key, joint, values, weights, first: _Course, study, progress):
-        """Updates of the flow from the Gaussian fit, as many as held-out subjects ask for."""
-        learn = self._learn(joint, references(joint, joint.unconstrain(values), weights, study))
-        start = learn.start(joint.unconstrain(values), weights, first.conditional)
-        keys = jax.random.split(key, 3)
-        updates, curve = self.flow_updates, None
-        try:
-            if self.folds:
-                curve = self._held_out(keys[0], learn, start, study, progress)
-                updates = _stopping_time(curve)
-            state, history = start, list(first.history)
-            update = self._run(learn, "update")
-            everyone = jnp.ones(study.subjects.size)
-            with tqdm(total=updates, desc="Flow, all subjects", disable=not progress) as bar:
-                for k in jax.random.split(keys[1], updates):
-                    state = update(k, state, everyone, study)
-                    history.append(float(jnp.sum(state.log_likelihood)))
-                    bar.update()
-                    bar.set_postfix_str(f"-2LL {-2 * history[-1]:.1f}")
-            why, converged = "", first.converged
-        except KeyboardInterrupt:
-            why, converged = "stopped by the user while learning the flow", False
-            state, history = start, list(first.history)
-        selection = None if curve is None else (curve - curve[0]).sum(1)
-        return _Course(
-            joint, state.theta, state.weights, state.conditional, history, converged, why,
-            self._newton(joint, state.theta, state.weights, study), selection,
-        )  # fmt: skip
+    def _learn_flow(self, key, joint: Joint, values, weights, first: _Course, study, progress):
+        """Updates of the flow from the Gaussian fit, as many as held-out subjects ask for.
 
-    def _held_out(self, key, learn: Learn, start: LearnState, study: Study, progress: bool):
-        """log p(y_i) by the fold that does not see subject i, `[update, subject]`."""
+        The folds and the fit to all subjects run side by side; the latter is read off where the
+        former are best.
+        """
+        learn = self._learn(joint, first.newton.references)
+        start = learn.start(joint.unconstrain(values), weights, first.conditional)
         key_fold, key_run = jax.random.split(key)
-        size = study.subjects.size
-        count = min(self.folds, size)
-        folds = jax.random.permutation(key_fold, jnp.arange(size) % count)
-        state = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), start)
-        block = 5
+        count = min(self.folds, study.subjects.size)
+        folds = jax.random.permutation(key_fold, jnp.arange(study.subjects.size) % max(count, 1))
+        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (count + 1, *jnp.shape(x))), start)
         program = self._program(
-            (learn, "folds", count), lambda: lambda *a: held_out_curve(learn, *a, updates=block)
+            (learn, "folds", count),
+            lambda: lambda *arguments: side_by_side(learn, *arguments, updates=_BLOCK),
         )
-        curve = []
-        title = f"Flow, {count} folds side by side"
+        blocks: list[Any] = []
+        why, converged = "", first.converged
+        title = f"Flow, {count} folds side by side" if count else "Flow"
         with tqdm(total=self.flow_updates, desc=title, disable=not progress) as bar:
-            for k in jax.random.split(key_run, -(-self.flow_updates // block)):
-                state, values = program(k, state, folds, study)
-                curve.append(np.asarray(values))
-                bar.update(block)
-                gain = 2 * (curve[-1][-1].sum() - curve[0][0].sum())
-                bar.set_postfix_str(f"held-out -2LL {-gain:+.1f} against Gaussian")
-        return np.concatenate(curve)
+            try:
+                for k in jax.random.split(key_run, -(-self.flow_updates // _BLOCK)):
+                    states, block = program(k, states, folds, study)
+                    blocks.append(jax.tree.map(np.asarray, block))
+                    bar.update(_BLOCK)
+                    path = jax.tree.map(lambda *x: np.concatenate(x), *blocks)
+                    gain = -2 * (path.held_out - path.held_out[0]).sum(1)
+                    bar.set_postfix_str(
+                        f"held-out -2LL {gain[-_BLOCK:].mean():+.1f} against the Gaussian"
+                        if count
+                        else f"-2LL {-2 * path.log_likelihood[-1]:.1f}"
+                    )
+                    if count and np.argmin(_smooth(gain)) < len(gain) - _PATIENCE:
+                        break
+            except KeyboardInterrupt:
+                why, converged = "stopped by the user while learning the flow", False
+        if not blocks:
+            return first._replace(why=why, converged=False)
+        selection = (path.held_out - path.held_out[0]).sum(1) if count else None
+        best = _stopping_time(path.held_out) if count else len(path.theta) - 1
+        theta, weights = jax.tree.map(lambda x: jnp.asarray(x[best]), (path.theta, path.weights))
+        moved = jnp.asarray(learn.references.matrix(joint)) @ (theta - start.theta)
+        conditional = start.conditional._replace(mean=start.conditional.mean - moved)
+        history = [*first.history, *path.log_likelihood[: best + 1]]
+        newton = Newton(joint, learn.references, 0, self.points, self.use_priors)
+        return _Course(
+            joint, theta, weights, conditional, history, converged, why, newton, selection
+        )
 
     # The end.
 
@@ -254,9 +253,7 @@ class VariationalEM:
         key_marginal, key_information = jax.random.split(key)
         joint, theta, weights = course.joint, course.theta, course.weights
         marginal = marginal_log_likelihood(key_marginal, joint, theta, weights, study)
-        state = NewtonState(theta, course.conditional, *([jnp.zeros(())] * 5))
-        derivatives = self._run(course.newton, "derivatives")
-        information = -np.asarray(derivatives(key_information, state, weights, study)[1])
+        information = self._information(key_information, course, study)
         messages = [course.why] if course.why else []
         messages += _failed(marginal.log_likelihood, joint, course, study)
         return Fit(
@@ -275,13 +272,23 @@ class VariationalEM:
             selection=course.selection,
         )
 
+    def _information(self, key, course: _Course, study: Study) -> np.ndarray:
+        """Observed information of θ; with a flow, the outer product of the subjects' scores."""
+        state = NewtonState(course.theta, course.conditional, *([jnp.zeros(())] * 5))
+        if course.weights:  # second derivatives through the flow cost more than they tell
+            newton = course.newton._replace(count=64)
+            scores = np.asarray(self._run(newton, "scores")(key, state, course.weights, study))
+            return scores.T @ scores
+        program = self._run(course.newton, "derivatives")
+        return -np.asarray(program(key, state, course.weights, study)[1])
+
     def _run(self, engine: Newton | Learn, method: str) -> Callable:
         return self._program((engine, method), lambda: getattr(engine, method))
 
     def _program(self, key: tuple, make: Callable) -> Callable:
         """The compiled program of an engine, kept for studies of the same shape."""
         engine, *rest = key
-        name = (type(engine), engine.joint.signature, engine.references.signature, *rest)
+        name = (type(engine), engine.joint.signature, engine.references, *rest)
         if name not in self._programs:
             self._programs[name] = jax.jit(make())
         return self._programs[name]
@@ -345,16 +352,23 @@ def _start(key, joint: Joint, laws, first: _Course, init):
     return {**init, **values}, weights
 
 
-def _stopping_time(curve: np.ndarray) -> int:
+def _stopping_time(held_out: np.ndarray) -> int:
     """The number of updates with the best held-out likelihood; 0, the Gaussian, unless it is
-    better by more than one standard error of the difference."""
-    gain = curve - curve[0]
-    total = gain.sum(1)
-    kernel = np.ones(5) / 5  # fresh nodes at each update: the curve is noisy
-    smooth = np.convolve(np.pad(total, 2, mode="edge"), kernel, mode="valid")
-    best = int(np.argmax(smooth))
-    error = np.sqrt(curve.shape[1]) * gain[best].std(ddof=1)
-    return best if smooth[best] > error else 0
+    better by more than one standard error of the difference.
+
+    Args:
+        held_out: log p(y_i) by the fold that does not see subject i, `[update, subject]`.
+    """
+    gain = held_out - held_out[0]
+    total = _smooth(gain.sum(1))
+    best = int(np.argmax(total))
+    error = np.sqrt(held_out.shape[1]) * gain[best].std(ddof=1)
+    return best if total[best] > error else 0
+
+
+def _smooth(curve: np.ndarray) -> np.ndarray:
+    """A running mean of five: each update draws fresh nodes, so the curve is noisy."""
+    return np.convolve(np.pad(curve, 2, mode="edge"), np.ones(5) / 5, mode="valid")
 
 
 def _failed(log_likelihood: np.ndarray, joint: Joint, course: _Course, study: Study) -> list[str]:
