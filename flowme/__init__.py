@@ -1,0 +1,49 @@
+"""flowme: nonlinear mixed-effects models in NumPyro, with learned random-effect distributions."""
+
+from flowme import datasets, flows, plots, residual
+from flowme.closed_forms import oral_one_compartment
+from flowme.convert import to_arviz
+from flowme.effects import (
+    FlowRandomEffect,
+    GaussianRandomEffect,
+    MixtureRandomEffect,
+    StudentTRandomEffect,
+)
+from flowme.infer.fit import Fit, load, save
+from flowme.infer.marginal import marginal_log_likelihood
+from flowme.infer.nuts import nuts
+from flowme.infer.vem import VariationalEM
+from flowme.predict import predict, simulate
+from flowme.primitives import individual, observe, population, random_effect, replace_effect
+from flowme.report import summary
+from flowme.structural import solve
+from flowme.study import Study
+
+__all__ = [
+    "Fit",
+    "FlowRandomEffect",
+    "GaussianRandomEffect",
+    "MixtureRandomEffect",
+    "StudentTRandomEffect",
+    "Study",
+    "VariationalEM",
+    "datasets",
+    "flows",
+    "individual",
+    "load",
+    "marginal_log_likelihood",
+    "nuts",
+    "observe",
+    "oral_one_compartment",
+    "plots",
+    "population",
+    "predict",
+    "random_effect",
+    "replace_effect",
+    "residual",
+    "save",
+    "simulate",
+    "solve",
+    "summary",
+    "to_arviz",
+]

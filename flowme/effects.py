@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jax.scipy.special import gammaln, logsumexp
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
-from numpyro.distributions.util import is_prng_key
 from scipy.cluster.vq import kmeans2
 from scipy.stats import norm, qmc
 
@@ -147,8 +147,11 @@ class GaussianRandomEffect(_Scaled):
         """η = L z of standard normal z `[..., effect]`."""
         return z @ self.scale_tril.T
 
+    def to_base(self, eta):
+        """The z of η `[..., effect]`."""
+        return self._whiten(eta)
+
     def sample(self, key, sample_shape=()):
-        assert is_prng_key(key)
         return self.from_base(jax.random.normal(key, sample_shape + self.event_shape))
 
     def log_prob(self, value):
@@ -198,14 +201,14 @@ class StudentTRandomEffect(_Scaled):
         df = 10.0
         return {**values, "omega": values["omega"] * np.sqrt((df - 2) / df), "df": df}
 
-    def _law(self):
-        return dist.MultivariateStudentT(self.df, 0.0, self.scale_tril)
-
     def sample(self, key, sample_shape=()):
-        return self._law().sample(key, sample_shape)
+        return dist.MultivariateStudentT(self.df, 0.0, self.scale_tril).sample(key, sample_shape)
 
     def log_prob(self, value):
-        return self._law().log_prob(value)
+        size, df = len(self.names), self.df
+        distance = jnp.sum(self._whiten(value) ** 2, -1)
+        constant = gammaln(0.5 * (df + size)) - gammaln(0.5 * df) - 0.5 * size * jnp.log(df * jnp.pi)
+        return constant - 0.5 * (df + size) * jnp.log1p(distance / df) - self._log_det()
 
     @property
     def covariance_matrix(self):
@@ -291,23 +294,28 @@ class MixtureRandomEffect(RandomEffect):
         last = -(self.probs[:-1] @ self.locs) / self.probs[-1]
         return jnp.concatenate([self.locs, last[None]])
 
-    def _law(self):
-        scale_tril = self.omega[..., None] * self.corr_cholesky
-        return dist.MixtureSameFamily(
-            dist.Categorical(self.probs),
-            dist.MultivariateNormal(self.component_means, scale_tril=scale_tril),
-        )
+    def _scale_tril(self):
+        return jnp.asarray(self.omega)[..., None] * self.corr_cholesky
 
     def sample(self, key, sample_shape=()):
-        return self._law().sample(key, sample_shape)
+        key_component, key_normal = jax.random.split(key)
+        component = jax.random.categorical(key_component, jnp.log(self.probs), shape=sample_shape)
+        z = jax.random.normal(key_normal, sample_shape + self.event_shape)
+        moved = jnp.einsum("...ij,...j->...i", self._scale_tril()[component], z)
+        return self.component_means[component] + moved
 
     def log_prob(self, value):
-        return self._law().log_prob(value)
+        tril = self._scale_tril()
+        inverse = jnp.linalg.inv(tril)
+        z = jnp.einsum("mij,...mj->...mi", inverse, value[..., None, :] - self.component_means)
+        log_det = jnp.sum(jnp.log(jnp.diagonal(tril, axis1=-2, axis2=-1)), -1)
+        normal = -0.5 * jnp.sum(z**2 + jnp.log(2 * jnp.pi), -1) - log_det
+        return logsumexp(jnp.log(self.probs) + normal, axis=-1)
 
     @property
     def covariance_matrix(self):
-        scale_tril = self.omega[..., None] * self.corr_cholesky
-        within = scale_tril @ jnp.swapaxes(scale_tril, -1, -2)
+        tril = self._scale_tril()
+        within = tril @ jnp.swapaxes(tril, -1, -2)
         between = self.component_means[:, :, None] * self.component_means[:, None, :]
         return jnp.tensordot(self.probs, within + between, 1)
 
@@ -389,13 +397,20 @@ class FlowRandomEffect(_Scaled):
         return (u - c) @ (self.scale_tril @ inverse).T
 
     def sample(self, key, sample_shape=()):
-        assert is_prng_key(key)
         return self.from_base(jax.random.normal(key, sample_shape + self.event_shape))
 
-    def log_prob(self, value):
+    def to_base(self, eta):
+        """The z of η `[..., effect]`."""
+        return self._inverse(eta)[0]
+
+    def _inverse(self, eta):
+        """z, log |dz/du| and R at η."""
         c, R = self._moments()
-        u = c + self._whiten(value) @ R.T
-        z, log_det = self.flow.bijector(self.weights, len(self.names)).inverse_and_log_det(u)
+        u = c + self._whiten(eta) @ R.T
+        return *self.flow.bijector(self.weights, len(self.names)).inverse_and_log_det(u), R
+
+    def log_prob(self, value):
+        z, log_det, R = self._inverse(value)
         normal = -0.5 * jnp.sum(z**2 + jnp.log(2 * jnp.pi), -1)
         return normal + log_det + jnp.sum(jnp.log(jnp.diagonal(R))) - self._log_det()
 

@@ -19,6 +19,10 @@ import distrax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+_LAST = "last"  # the name of the layer that gives the splines' parameters
 
 
 class Flow(abc.ABC):
@@ -55,19 +59,40 @@ class Flow(abc.ABC):
         ]
         return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(variables)])
 
+    def groups(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
+        """Weights that make one coordinate depart from the Gaussian, or depend on the others.
+
+        A penalty on the norm of each group keeps what the data do not ask for exactly as it was.
+
+        Returns:
+            The group of every weight `[weight]`, -1 for weights of hidden layers; and for every
+            group whether it is one of dependence (True) or of a marginal shape (False), `[group]`.
+        """
+        number, kinds = [], []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self._shapes(dim)):
+            name = jax.tree_util.keystr(path)
+            if _LAST not in name:
+                number.append(np.full(math.prod(leaf.shape), -1))
+                continue
+            # The last axis runs over (coordinate, spline parameter).
+            parameters = 3 * self.bins + 1  # type: ignore[attr-defined]
+            coordinates = leaf.shape[-1] // parameters
+            own = len(kinds) + np.repeat(np.arange(coordinates), parameters)
+            number.append(np.broadcast_to(own, leaf.shape).ravel())
+            kinds += [name.endswith("['kernel']")] * coordinates
+        return np.concatenate(number), np.array(kinds)
+
     def bijector(self, weights: jax.Array, dim: int) -> distrax.Bijector:
         """The bijector T whose weights are `weights`, on events of shape `[dim]`."""
         leaves, tree = jax.tree.flatten(self._shapes(dim))
-        pieces, start = [], 0
-        for leaf in leaves:
-            stop = start + math.prod(leaf.shape)
-            pieces.append(weights[start:stop].reshape(leaf.shape))
-            start = stop
-        if start != weights.shape[-1]:
+        sizes = [math.prod(leaf.shape) for leaf in leaves]
+        if weights.shape != (sum(sizes),):
             raise ValueError(
-                f"expected {start} weights for {self} in {dim} dimensions; "
-                f"got {weights.shape[-1]}. Draw them with `flow.init(key, {dim})`."
+                f"expected {sum(sizes)} weights for {self} in {dim} dimensions; got shape "
+                f"{list(weights.shape)}. Draw them with `flow.init(key, {dim})`."
             )
+        parts = jnp.split(weights, np.cumsum(sizes)[:-1])
+        pieces = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
         variables = jax.tree.unflatten(tree, pieces)
         conditioners = [
             lambda x, module=module, v=v: module.apply(v, x)
@@ -95,6 +120,7 @@ class _Conditioner(nn.Module):
             dtype=dtype,
             param_dtype=dtype,
             kernel_init=nn.initializers.zeros,  # so that the flow starts at the identity
+            name=_LAST,
         )
         return last(x).reshape(*x.shape[:-1], self.transformed, self.parameters)
 
@@ -119,10 +145,14 @@ class SplineCoupling(Flow):
     width: int = 8
     depth: int = 1
     bins: int = 6
-    bound: float = 5.0
+    bound: float = 3.5
 
     def __post_init__(self):
         _check_counts(self, "layers", "width", "depth", "bins")
+        if self.layers < 2:
+            raise ValueError(
+                f"expected at least 2 layers, so that every coordinate is moved; got {self.layers}."
+            )
 
     def _layers(self, dim):
         if dim < 2:
@@ -159,7 +189,9 @@ class _Free(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return self.param("knots", nn.initializers.zeros, (self.dim, self.parameters), x.dtype)
+        shape = (self.dim * self.parameters,)
+        knots = self.param(_LAST, nn.initializers.zeros, shape, x.dtype)
+        return knots.reshape(self.dim, self.parameters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +206,7 @@ class MonotoneSpline(Flow):
     """
 
     bins: int = 6
-    bound: float = 5.0
+    bound: float = 3.5
 
     def __post_init__(self):
         _check_counts(self, "bins")

@@ -1,11 +1,7 @@
 """A longitudinal study as a JAX pytree, read from a table and written back to it without loss."""
 
-import csv
-import io
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,28 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from flowme.events import Doses, Events, arrange_doses, arrange_events, events_at, lay_out
+from flowme.rows import Rows, read_rows
+from flowme.table import Columns, StudyError, StudyWarning, find_columns, read_csv, write_column
+
 __all__ = ["Doses", "Events", "Study", "StudyError", "StudyWarning", "Subjects"]
 
 Array = Any  # a NumPy array on the host, a tracer under jit
-
-
-class StudyError(ValueError):
-    """A table that cannot be a `Study`. `findings` holds everything that is wrong with it."""
-
-    def __init__(self, findings: Sequence[str], shown: int = 20):
-        self.findings = tuple(findings)
-        lines = [f"  {finding}" for finding in self.findings[:shown]]
-        if len(self.findings) > shown:
-            lines.append(f"  and {len(self.findings) - shown} more")
-        count = "1 finding" if len(self.findings) == 1 else f"{len(self.findings)} findings"
-        super().__init__("\n".join([f"This table cannot be a Study: {count}.", *lines]))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StudyError, (self.findings,)
-
-
-class StudyWarning(UserWarning):
-    """The table was read, but not in the order in which it is written."""
 
 
 class Subjects(NamedTuple):
@@ -45,53 +26,13 @@ class Subjects(NamedTuple):
     ids: tuple[Any, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Doses:
-    """Doses, [subject, dose]; the last axis is padded, and its length is 0 without doses.
-
-    Attributes:
-        time: When the dose is given or its infusion begins; padded by the subject's last time.
-        amount: Amount of the dose; 0 where padded.
-        rate: Amount per time of an infusion; 0 for a bolus.
-        compartment: The compartment that receives it, counted from 1 as in NONMEM.
-        given: True for a dose, False for padding.
-    """
-
-    time: Array
-    amount: Array
-    rate: Array
-    compartment: Array
-    given: Array
-
-
-@dataclass(frozen=True, eq=False)
-class Events:
-    """Records, doses and ends of infusions in one sequence, as an ODE solver walks through it.
-
-    Sorted by (time, row of the table). The end of an infusion that lies after the last row of
-    its subject changes no record and is left out.
-
-    Attributes:
-        time: [subject, event], padded by the subject's last event.
-        jump: [subject, event, compartment], amount added to each dosed compartment at the event.
-        inflow: [subject, event, compartment], rate of infusion in force *after* the event.
-        record: [subject, time], the event that each record is. Its state is the one after the
-            event: a record that stands before a dose of the same time does not see that dose.
-    """
-
-    time: Array
-    jump: Array
-    inflow: Array
-    record: Array
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class _Labels:
     """What a study knows beyond numbers: names, and the table that it came from."""
 
     ids: tuple[Any, ...]
     frame: pd.DataFrame
-    columns: "_Columns"
+    columns: Columns
     units: dict[str, str]
     rows: np.ndarray  # [subject, time] position in `frame`; padding repeats the last
     dose_rows: np.ndarray  # [subject, dose] likewise
@@ -221,8 +162,9 @@ class Study:
             "censored": censored,
             "outcome_type": outcome_type,
         }
-        columns = _find_columns(frame, named, _tuple(covariates), _tuple(time_varying))
-        return _read(frame, columns, dict(units or {}), keep_unobserved)
+        units = dict(units or {})
+        columns = find_columns(frame, named, covariates, time_varying)
+        return _arrange(read_rows(frame, columns, units, keep_unobserved), frame.copy(), units)
 
     @classmethod
     def from_csv(cls, path: str | Path, *args: Any, **kwargs: Any) -> "Study":
@@ -239,7 +181,7 @@ class Study:
         Raises:
             StudyError: As `Study.from_frame`, and for a line with too many or too few cells.
         """
-        return cls.from_frame(_read_csv(path), *args, **kwargs)
+        return cls.from_frame(read_csv(path), *args, **kwargs)
 
     @property
     def subjects(self) -> Subjects:
@@ -270,25 +212,25 @@ class Study:
         """
         frame = self.labels.frame.copy()
         columns, rows, recorded = self.labels.columns, self.labels.rows, np.asarray(self.recorded)
-        _write(frame, columns.time, rows[recorded], np.asarray(self.time)[recorded])
+        write_column(frame, columns.time, rows[recorded], np.asarray(self.time)[recorded])
         for name, column in columns.outcome.items():
             observed = np.asarray(self.observed[name])
             values = np.asarray(self.values.get(name, np.nan))
             cells = observed | self.labels.measured[name]
-            _write(frame, column, rows[cells], np.where(observed, values, np.nan)[cells])
+            write_column(frame, column, rows[cells], np.where(observed, values, np.nan)[cells])
             if name in columns.censored:
                 censored = np.asarray(self.censored[name])[observed]
-                _write(frame, columns.censored[name], rows[observed], censored)
+                write_column(frame, columns.censored[name], rows[observed], censored)
         for name, covariate in self.covariates.items():
             covariate = np.asarray(covariate)
             covariate = covariate[:, None] if covariate.ndim == 1 else covariate
             cells = np.broadcast_to(covariate, recorded.shape)[recorded]
-            _write(frame, name, rows[recorded], cells)
+            write_column(frame, name, rows[recorded], cells)
         given = np.asarray(self.doses.given)
         for role in ("amount", "rate", "compartment"):
             named, dose = getattr(columns, role), np.asarray(getattr(self.doses, role))
             if named is not None:
-                _write(frame, named, self.labels.dose_rows[given], dose[given])
+                write_column(frame, named, self.labels.dose_rows[given], dose[given])
         return frame
 
     def subset(
@@ -316,6 +258,52 @@ class Study:
         The masks stay, so that what is sampled has the pattern of what was measured.
         """
         return replace(self, values={})
+
+    def at(self, times: Array) -> "Study":
+        """The same subjects at other times, with nothing measured: for predictions on a grid.
+
+        Doses and constant covariates stay. A covariate that changes in time is carried forward
+        from the last record, and before the first record it is that record's. Every outcome is to
+        be sampled at every time. A record at the time of a dose sees the state after it. An ODE
+        starts where it did, at a subject's first record, or at the first of `times` if earlier.
+
+        Args:
+            times: The new times, increasing: [time], the same for all, or [subject, time].
+
+        Returns:
+            The study. Its table (`to_frame`) has a row for each subject and time, and no doses.
+
+        Raises:
+            ValueError: If `times` has another shape, is empty, not finite or not increasing.
+        """
+        time = self._checked(times)
+        last = np.maximum((self.time[:, None, :] <= time[:, :, None]).sum(-1) - 1, 0)
+        blank = replace(
+            self,
+            time=time,
+            recorded=np.ones(time.shape, bool),
+            values={},
+            observed={name: np.ones(time.shape, bool) for name in self.outcomes},
+            censored={},
+            covariates={
+                name: np.take_along_axis(value, last, 1) if value.ndim == 2 else value
+                for name, value in self.covariates.items()
+            },
+            events=events_at(time, self.time[:, 0], self.doses, self.compartments),
+        )
+        return replace(blank, labels=_dense_labels(blank))
+
+    def _checked(self, times: Array) -> np.ndarray:
+        time = np.asarray(times, np.float64)
+        subjects = self.time.shape[0]
+        if time.size == 0 or not (time.ndim == 1 or (time.ndim == 2 and len(time) == subjects)):
+            raise ValueError(
+                f"expected times of shape [time], or [subject, time] with {subjects} subjects; "
+                f"got {time.shape}."
+            )
+        if not np.isfinite(time).all() or (np.diff(time) <= 0).any():
+            raise ValueError(f"expected times that are finite and increase; got {times}.")
+        return np.broadcast_to(time, (subjects, time.shape[-1])).copy()
 
     def with_values(self, **values: Array) -> "Study":
         """The study with other measurements, for instance simulated ones.
@@ -406,543 +394,24 @@ class Study:
         return "; ".join(parts) + "."
 
 
-for _cls, _static in ((Doses, ()), (Events, ()), (Study, ("compartments", "labels"))):
-    _leaves = [name for name in _cls.__dataclass_fields__ if name not in _static]
-    jax.tree_util.register_dataclass(_cls, _leaves, list(_static))
-
-
-# Reading: which column is what ------------------------------------------------------------------
-
-_NONMEM = {
-    "subject": "ID",
-    "time": "TIME",
-    "outcome": "DV",
-    "amount": "AMT",
-    "event": "EVID",
-    "missing": "MDV",
-    "compartment": "CMT",
-    "rate": "RATE",
-    "censored": "CENS",
-    "outcome_type": "DVID",
-}
-
-
-class _Columns(NamedTuple):
-    """The column of each role; `outcome` and `censored` map the outcome to its column."""
-
-    subject: str
-    time: str
-    outcome: dict[str, str]
-    covariates: tuple[str, ...]
-    time_varying: tuple[str, ...]
-    amount: str | None
-    event: str | None
-    missing: str | None
-    compartment: str | None
-    rate: str | None
-    censored: dict[str, str]
-    outcome_type: str | None
-
-
-def _find_columns(
-    frame: pd.DataFrame,
-    named: Mapping[str, Any],
-    covariates: tuple[str, ...],
-    time_varying: tuple[str, ...],
-) -> _Columns:
-    """The columns as named by the user or, where left out, by their NONMEM names."""
-    if not isinstance(frame, pd.DataFrame):
-        raise StudyError([f"expected a pandas DataFrame; got {type(frame).__name__}"])
-    given = dict(named)
-    for role, name in _NONMEM.items():
-        if given[role] is None and name in frame.columns:
-            given[role] = name
-        if given[role] is None and role in ("subject", "time", "outcome"):
-            present = ", ".join(map(str, frame.columns))
-            raise StudyError(
-                [f"expected a column for {role}; got none. Name it: {role}=... (of: {present})"]
-            )
-    outcome = _named(given.pop("outcome"))
-    if named["outcome_type"] is None and list(outcome.values()) != ["DV"]:
-        given["outcome_type"] = None  # DVID tells the kinds of DV apart, not of another column
-    censored = given.pop("censored")
-    if censored is None:
-        censored = {}
-    elif isinstance(censored, str):
-        censored = dict.fromkeys(outcome, censored)
-    columns = _Columns(
-        outcome=outcome,
-        covariates=tuple(name for name in covariates if name not in time_varying),
-        time_varying=time_varying,
-        censored=dict(censored),
-        **given,
-    )
-    findings = _column_findings(frame, columns)
-    if findings:
-        raise StudyError(findings)
-    return columns
-
-
-def _column_findings(frame: pd.DataFrame, columns: _Columns) -> list[str]:
-    """What is wrong with the columns themselves, before any row is looked at."""
-    used: list[Any] = []
-    for role in columns:
-        used += role.values() if isinstance(role, dict) else _tuple(role)
-    present = ", ".join(map(str, frame.columns))
-    findings = [
-        f"expected column {name!r}; got a table without it. Its columns are: {present}"
-        for name in dict.fromkeys(used)
-        if name not in frame.columns
-    ]
-    if not frame.columns.is_unique:
-        twice = sorted(set(map(str, frame.columns[frame.columns.duplicated()])))
-        findings.append(f"expected distinct column names; got {', '.join(twice)} more than once")
-    if not columns.outcome:
-        findings.append("expected at least one outcome; got none")
-    if columns.outcome_type is not None and len(columns.outcome) != 1:
-        findings.append(
-            f"expected one outcome column beside outcome_type; got {list(columns.outcome)}"
-        )
-    if len(set(columns.outcome.values())) < len(columns.outcome):
-        findings.append(
-            f"expected a column of its own for each outcome; got {columns.outcome}. "
-            "Use outcome_type= for the column that tells them apart"
-        )
-    if len(columns.outcome) > 1 and len(set(columns.censored.values())) < len(columns.censored):
-        findings.append(
-            "expected a column of censoring for each outcome; got "
-            f"{sorted(set(columns.censored.values()))}. Write censored={{outcome: column}}"
-        )
-    for name in columns.censored:
-        if name not in columns.outcome:
-            findings.append(
-                f"expected censored to name outcomes of {list(columns.outcome)}; got {name!r}"
-            )
-    return findings
-
-
-def _named(outcome: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    if isinstance(outcome, Mapping):
-        return dict(outcome)
-    return {name: name for name in _tuple(outcome)}
-
-
-def _tuple(names: Any) -> tuple[Any, ...]:
-    if names is None:
-        return ()
-    return (names,) if isinstance(names, str) else tuple(names)
+_leaves = [name for name in Study.__dataclass_fields__ if name not in ("compartments", "labels")]
+jax.tree_util.register_dataclass(Study, _leaves, ["compartments", "labels"])
 
 
 def _as_indices(indices: Any) -> Any:
     return indices if hasattr(indices, "dtype") or np.isscalar(indices) else list(indices)
 
 
-# Reading: what each row is ------------------------------------------------------------------------
-
-
-class _Table:
-    """A table under inspection: its columns as numbers, and all that is found wrong with it."""
-
-    def __init__(self, frame: pd.DataFrame, subject: str):
-        self.frame = frame
-        self.rows = frame.index.tolist()
-        self.ids = frame[subject].tolist()
-        self.findings: list[str] = []
-
-    def name(self, row: int) -> str:
-        word = self.frame.index.name  # `Study.from_csv` names its index "line"
-        return f"{word if isinstance(word, str) else 'row'} {self.rows[row]!r}"
-
-    def refuse(self, wrong: np.ndarray, why: str | Callable[[int], str]) -> None:
-        """One finding for each row where `wrong` is True."""
-        for row in np.flatnonzero(wrong).tolist():
-            text = why if isinstance(why, str) else why(row)
-            self.findings.append(f"{self.name(row)}, subject {self.ids[row]!r}: {text}")
-
-    def numbers(
-        self, column: str, required: np.ndarray | bool = False, advice: str = ""
-    ) -> np.ndarray:
-        """A column as float64, NaN where empty; text, infinity and lacking values are findings."""
-        cells = self.frame[column]
-        values, text = _floats(cells)
-        if text.any() and np.isnan(values).all():
-            # Nothing in the column is a number: one finding says so better than one for each row.
-            told = text & (np.cumsum(text) == 1)
-            hint = f"Encode it as numbers, e.g. frame[{column!r}].map({{...}})"
-        elif not text.any() and any(isinstance(cell, str) for cell in cells):
-            told = np.arange(len(cells)) == 0
-            hint = f"Convert the column: pd.to_numeric(frame[{column!r}])"
-        else:
-            told = text
-            hint = "Write a number, or leave the cell empty where none is needed"
-        self.refuse(
-            told,
-            lambda r: (
-                f"expected a number in column {column!r}; got the text {str(cells.iloc[r])!r}. "
-                f"{hint}"
-            ),
-        )
-        lacking = np.isinf(values) | (np.isnan(values) & np.broadcast_to(required, values.shape))
-        self.refuse(
-            lacking & ~text,
-            lambda r: f"expected a finite number in column {column!r}; got {values[r]}{advice}",
-        )
-        return values
-
-
-def _floats(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """A column as float64, and where it holds something else than numbers."""
-    if pd.api.types.is_numeric_dtype(column) and column.dtype.kind != "c":
-        values = column.to_numpy(dtype=np.float64, na_value=np.nan)
-        return values, np.zeros(values.shape, bool)
-    cells = column.astype(object)
-    legible = np.array([isinstance(c, str | Real | np.bool_) for c in cells], bool)
-    values = pd.to_numeric(cells.where(legible), errors="coerce").to_numpy(np.float64)
-    return values, np.isnan(values) & ~cells.isna().to_numpy(bool)
-
-
-class _Kinds(NamedTuple):
-    """What each row is, [row]; `measured` rows may hold observations."""
-
-    dose: np.ndarray
-    measured: np.ndarray
-    silent: np.ndarray  # MDV = 1: whatever is written as the outcome does not count
-    amount: np.ndarray
-    rate: np.ndarray
-    compartment: np.ndarray
-
-
-def _kinds(table: _Table, columns: _Columns) -> _Kinds:
-    """Tells doses from measurements, and reads the doses."""
-    zeros = np.zeros(len(table.frame))
-    event = None if columns.event is None else _events_column(table, columns.event)
-    amount = zeros
-    if columns.amount is not None:
-        needed = False if event is None else event == 1
-        amount = np.nan_to_num(table.numbers(columns.amount, needed, " on a dose row"))
-        table.refuse(amount < 0, lambda r: f"expected an amount of 0 or more; got {amount[r]}")
-    dose = amount > 0 if event is None else event == 1
-    if event is not None:
-        table.refuse(
-            (amount > 0) & np.isin(event, (0, 2)),
-            lambda r: f"expected {columns.event} 1 on a row with an amount; got {event[r]:g}",
-        )
-        if columns.amount is None:
-            table.refuse(
-                dose,
-                f"expected an amount for a dose ({columns.event} 1); got no column. "
-                "Name it: amount=...",
-            )
-    silent = zeros
-    if columns.missing is not None:
-        silent = table.numbers(columns.missing, True)
-        table.refuse(
-            ~np.isin(silent, (0, 1)) & np.isfinite(silent),
-            lambda r: f"expected {columns.missing} in {{0, 1}}; got {silent[r]:g}",
-        )
-    measured = (~dose if event is None else event == 0) & (silent != 1)
-    rate, compartment = _dose_columns(table, columns, dose)
-    return _Kinds(dose, measured, silent == 1, amount, rate, compartment)
-
-
-def _events_column(table: _Table, column: str) -> np.ndarray:
-    event = table.numbers(column, True)
-    table.refuse(
-        np.isin(event, (3, 4)),
-        lambda r: (
-            f"expected {column} in {{0, 1, 2}}; got {event[r]:g}: resets are not supported yet"
-        ),
-    )
-    rxode = ". That is an RxODE code: write 1 for a dose"
-    table.refuse(
-        ~np.isin(event, (0, 1, 2, 3, 4)) & np.isfinite(event),
-        lambda r: (
-            f"expected {column} in {{0, 1, 2}}; got {event[r]:g}"
-            + (rxode if event[r] > 100 else "")
-        ),
-    )
-    return event
-
-
-def _dose_columns(
-    table: _Table, columns: _Columns, dose: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rate and compartment of each row; refuses what doses cannot say yet."""
-    rate = np.zeros(dose.shape)
-    if columns.rate is not None:
-        rate = np.nan_to_num(table.numbers(columns.rate))
-        table.refuse(
-            rate < 0,
-            lambda r: (
-                f"expected a rate of 0 (bolus) or more; got {rate[r]:g}: a rate or duration "
-                "that is estimated is not supported yet"
-            ),
-        )
-        table.refuse(
-            (rate > 0) & ~dose, lambda r: f"expected a rate on dose rows only; got {rate[r]:g}"
-        )
-    compartment = np.ones(dose.shape)
-    if columns.compartment is not None:
-        compartment = table.numbers(columns.compartment, dose, " on a dose row")
-        table.refuse(
-            dose & ((compartment < 1) | (compartment % 1 != 0)) & np.isfinite(compartment),
-            lambda r: f"expected a compartment counted from 1; got {compartment[r]:g}",
-        )
-    for name in ("ADDL", "II", "SS"):
-        if columns.amount is not None and name in table.frame.columns:
-            _refuse_repeats(table, name)
-    return rate, np.where(dose, np.nan_to_num(compartment), 1).astype(np.int32)
-
-
-def _refuse_repeats(table: _Table, name: str) -> None:
-    repeats = table.numbers(name)
-    table.refuse(
-        np.nan_to_num(repeats) != 0,
-        lambda r: (
-            f"expected no {name}; got {repeats[r]:g}: not supported yet. Expand the doses into rows"
-        ),
-    )
-
-
-class _Outcomes(NamedTuple):
-    """Each outcome over the rows of the table: outcome -> [row]."""
-
-    values: dict[str, np.ndarray]
-    observed: dict[str, np.ndarray]
-    censored: dict[str, np.ndarray]
-    written: np.ndarray  # [row] True where an observation stands, legible or not
-
-
-def _read_outcomes(table: _Table, columns: _Columns, kinds: _Kinds) -> tuple[_Outcomes, _Columns]:
-    """The outcomes; and the columns, where the levels of `outcome_type` name the outcomes."""
-    where = dict.fromkeys(columns.outcome, kinds.measured)
-    if columns.outcome_type is not None:
-        where, columns = _levels(table, columns, kinds.measured)
-    outcomes = _Outcomes({}, {}, {}, np.zeros(len(table.frame), bool))
-    wide = len(set(columns.outcome.values())) > 1
-    read: dict[str, np.ndarray] = {}
-    for name, column in columns.outcome.items():
-        if column not in read:
-            read[column] = _read_outcome(table, column, kinds, needed=not wide)
-        observed = where[name] & np.isfinite(read[column])
-        outcomes.values[name], outcomes.observed[name] = read[column], observed
-        written = where[name] & (table.frame[column].notna().to_numpy(bool) | (not wide))
-        outcomes.written[written] = True
-        if not written.any():
-            table.findings.append(f"expected a value of outcome {name!r}; got none in the table")
-        if name in columns.censored:
-            outcomes.censored[name] = _read_censored(table, columns.censored[name], observed)
-    return outcomes, columns
-
-
-def _read_outcome(table: _Table, column: str, kinds: _Kinds, needed: bool) -> np.ndarray:
-    advice = ". Drop the row, or mark it by 1 in a column missing=... (MDV)"
-    values = table.numbers(column, kinds.measured & needed, advice)
-    table.refuse(
-        ~kinds.measured & ~kinds.silent & (np.nan_to_num(values) != 0),
-        lambda r: (
-            f"expected no {column!r} on a row that is not a measurement; got {values[r]:g}. "
-            "Give it a row of its own"
-        ),
-    )
-    return values
-
-
-def _read_censored(table: _Table, column: str, observed: np.ndarray) -> np.ndarray:
-    censored = table.numbers(column, observed)
-    table.refuse(
-        observed & ~np.isin(censored, (-1, 0, 1)) & np.isfinite(censored),
-        lambda r: f"expected {column} in {{-1, 0, 1}}; got {censored[r]:g}",
-    )
-    return np.where(observed, np.nan_to_num(censored), 0).astype(np.int32)
-
-
-def _levels(
-    table: _Table, columns: _Columns, measured: np.ndarray
-) -> tuple[dict[str, np.ndarray], _Columns]:
-    """Where each level of `outcome_type` is measured, and the columns with outcomes so named."""
-    cells = table.frame[columns.outcome_type]
-    empty = cells.isna().to_numpy(bool)
-    table.refuse(
-        measured & empty, f"expected an outcome in column {columns.outcome_type!r}; got none"
-    )
-    # A column of whole numbers with an empty cell is float in pandas: 1.0 is still level "1".
-    names = np.array(
-        [str(int(c)) if isinstance(c, float) and c.is_integer() else str(c) for c in cells]
-    )
-    levels = dict.fromkeys(names[measured & ~empty].tolist())
-    ((name, column),) = columns.outcome.items()
-    if name != column:
-        if len(levels) > 1:
-            table.findings.append(
-                f"expected one outcome to be named {name!r}; got {list(levels)} in column "
-                f"{columns.outcome_type!r}. Write outcome={column!r}"
-            )
-        return {name: measured & ~empty}, columns
-    censored = columns.censored.get(column)
-    return {level: measured & ~empty & (names == level) for level in levels}, columns._replace(
-        outcome=dict.fromkeys(levels, column),
-        censored=dict.fromkeys(levels, censored) if censored is not None else {},
-    )
-
-
-def _read_covariates(table: _Table, columns: _Columns, code: np.ndarray) -> dict[str, np.ndarray]:
-    """Covariates over the rows of the table: name -> [row]."""
-    covariates = {}
-    for name in columns.covariates + columns.time_varying:
-        covariates[name] = table.numbers(name, True)
-        if name in columns.covariates:
-            _refuse_changes(table, name, code, covariates[name])
-    return covariates
-
-
-def _refuse_changes(table: _Table, name: str, code: np.ndarray, values: np.ndarray) -> None:
-    """One finding for each subject whose covariate changes: the first row that differs."""
-    first: dict[int, int] = {}
-    changed: dict[int, int] = {}
-    for row in np.flatnonzero(np.isfinite(values) & (code >= 0)).tolist():
-        if values[row] != values[first.setdefault(code[row], row)]:
-            changed.setdefault(code[row], row)
-    table.refuse(
-        np.isin(np.arange(code.size), list(changed.values())),
-        lambda r: (
-            f"expected covariate {name!r} constant within a subject; got {values[r]:g} here and "
-            f"{values[first[code[r]]]:g} in {table.name(first[code[r]])}. "
-            "Name it in time_varying=... if it changes"
-        ),
-    )
-
-
-def _refuse_duplicates(
-    table: _Table, name: str, code: np.ndarray, time: np.ndarray, observed: np.ndarray
-) -> None:
-    first: dict[tuple[int, float], int] = {}
-    twice = np.zeros(code.shape, bool)
-    for row in np.flatnonzero(observed & np.isfinite(time) & (code >= 0)).tolist():
-        twice[row] = first.setdefault((code[row], time[row]), row) != row
-    table.refuse(
-        twice,
-        lambda r: (
-            f"expected one value of {name!r} at time {time[r]:g}; got another in "
-            f"{table.name(first[code[r], time[r]])}"
-        ),
-    )
-
-
-# Reading: from rows to arrays ---------------------------------------------------------------------
-
-
-def _read_csv(path: str | Path) -> pd.DataFrame:
-    """A file as a table whose index is the line on which each row ends."""
-    text = Path(path).read_text(encoding="utf-8-sig")
-    reader = csv.reader(io.StringIO(text))
-    lines = [
-        (reader.line_num, len(cells)) for cells in reader if "".join(cells).strip() or cells[1:]
-    ]
-    if not lines:
-        raise StudyError([f"expected a header and rows in {str(path)!r}; got an empty file"])
-    (_, width), *rows = lines
-    # pandas would fill a short line with empty cells, and shift a long one.
-    ragged = [
-        f"line {line}: expected {width} cells, as in the header; got {cells}"
-        for line, cells in rows
-        if cells != width
-    ]
-    if ragged:
-        raise StudyError(ragged)
-    frame = pd.read_csv(io.StringIO(text), na_values=["."])
-    frame.index = pd.Index([line for line, _ in rows], name="line")
-    return frame
-
-
-def _read(
-    frame: pd.DataFrame, columns: _Columns, units: dict[str, str], keep_unobserved: bool
-) -> Study:
-    """Reads all rows, refuses the table if anything is wrong with it, and pads it to arrays."""
-    if frame.empty:
-        raise StudyError(["expected at least one row; got an empty table"])
-    table = _Table(frame, columns.subject)
-    code, ids = pd.factorize(frame[columns.subject])
-    table.refuse(code < 0, f"expected an identifier in column {columns.subject!r}; got none")
-    time = table.numbers(columns.time, True)
-    kinds = _kinds(table, columns)
-    outcomes, columns = _read_outcomes(table, columns, kinds)
-    covariates = _read_covariates(table, columns, code)
-    for name, observed in outcomes.observed.items():
-        _refuse_duplicates(table, name, code, time, observed)
-    _refuse_units(table, units, ["time", "amount", *outcomes.values, *covariates])
-    if not keep_unobserved:
-        seen = np.isin(code, code[outcomes.written])
-        first = np.isin(np.arange(len(code)), np.unique(code, return_index=True)[1])
-        table.refuse(
-            first & ~seen & (code >= 0),
-            "expected an observation of this subject; got none. Leave the subject out, or write "
-            "keep_unobserved=True",
-        )
-    if table.findings:
-        raise StudyError(table.findings)
-    _warn_of_order(code, time, ids.tolist())
-    names = (tuple(ids.tolist()), frame.copy(), columns, units)
-    return _arrange(code, time, kinds, outcomes, covariates, names)
-
-
-def _refuse_units(table: _Table, units: dict[str, str], nameable: list[str]) -> None:
-    table.findings += [
-        f"expected units of {', '.join(nameable)}; got {name!r}"
-        for name in units
-        if name not in nameable
-    ]
-
-
-def _warn_of_order(code: np.ndarray, time: np.ndarray, ids: list[Any]) -> None:
-    order = np.argsort(code, kind="stable")
-    back = (np.diff(time[order]) < 0) & (np.diff(code[order]) == 0)
-    unsorted = np.unique(code[order][1:][back])
-    starts = code[np.insert(np.diff(code) != 0, 0, True)]
-    apart = np.flatnonzero(np.bincount(starts) > 1)
-    for subjects, what in ((unsorted, "sorted by time"), (apart, "gathered from several places")):
-        if subjects.size:
-            warnings.warn(
-                f"The rows of {subjects.size} of {len(ids)} subjects were {what}, subject "
-                f"{ids[subjects[0]]!r} first; Study.to_frame gives them back as they were.",
-                StudyWarning,
-                stacklevel=4,
-            )
-
-
-class _Grid(NamedTuple):
-    """Items of a long list laid out as [subject, slot]; padding repeats the subject's last item."""
-
-    items: np.ndarray  # [subject, slot] position in the list
-    filled: np.ndarray  # [subject, slot] True where an item stands
-
-    @staticmethod
-    def of(order: np.ndarray, code: np.ndarray, subjects: int) -> "_Grid":
-        """Lays out the items `order`, already sorted by their subject `code`."""
-        counts = np.bincount(code, minlength=subjects)[:, None]
-        slot = np.arange(counts.max(initial=0))[None]
-        last = np.cumsum(counts)[:, None] - 1
-        return _Grid(order[np.minimum(last - counts + 1 + slot, last)], slot < counts)
-
-
-def _arrange(
-    code: np.ndarray,
-    time: np.ndarray,
-    kinds: _Kinds,
-    outcomes: _Outcomes,
-    covariates: dict[str, np.ndarray],
-    names: tuple[tuple[Any, ...], pd.DataFrame, _Columns, dict[str, str]],
-) -> Study:
+def _arrange(table: Rows, frame: pd.DataFrame, units: dict[str, str]) -> Study:
     """Pads the rows of each subject to arrays [subject, time]."""
-    ids, frame, columns, units = names
-    subjects = len(ids)
-    order = np.lexsort((time, code))  # stable: rows of one time keep their order
-    rows, recorded = _Grid.of(order, code[order], subjects)
+    line, outcomes, columns = table.line, table.outcomes, table.columns
+    order = line.order()
+    rows, recorded = lay_out(order, line.subject[order], len(table.ids))
     observed = {name: mask[rows] & recorded for name, mask in outcomes.observed.items()}
-    doses, dose_rows = _arrange_doses(code, time, kinds, order, rows)
-    compartments = tuple(np.unique(kinds.compartment[kinds.dose]).tolist())
+    doses, dose_rows = arrange_doses(line, rows)
+    compartments = tuple(np.unique(line.compartment[line.dose]).tolist())
     return Study(
-        time=time[rows],
+        time=line.time[rows],
         recorded=recorded,
         values={n: np.where(observed[n], v[rows], 0.0) for n, v in outcomes.values.items()},
         observed=observed,
@@ -951,86 +420,30 @@ def _arrange(
         },
         covariates={
             n: v[rows] if n in columns.time_varying else v[rows[:, 0]]
-            for n, v in covariates.items()
+            for n, v in table.covariates.items()
         },
         doses=doses,
-        events=_arrange_events(code, time, kinds, order, rows, compartments),
+        events=arrange_events(line, rows, compartments),
         compartments=compartments,
-        labels=_Labels(ids, frame, columns, units, rows, dose_rows, dict(observed)),
+        labels=_Labels(table.ids, frame, columns, units, rows, dose_rows, dict(observed)),
     )
 
 
-def _arrange_doses(
-    code: np.ndarray, time: np.ndarray, kinds: _Kinds, order: np.ndarray, rows: np.ndarray
-) -> tuple[Doses, np.ndarray]:
-    """The doses, [subject, dose], and the row of each."""
-    dosed = order[kinds.dose[order]]
-    items, given = _Grid.of(dosed, code[dosed], rows.shape[0])
-    items = np.where(given, items, rows[:, -1:])  # a padded dose comes with the last record
-    doses = Doses(
-        time=time[items],
-        amount=np.where(given, kinds.amount[items], 0.0),
-        rate=np.where(given, kinds.rate[items], 0.0),
-        compartment=np.where(given, kinds.compartment[items], 1).astype(np.int32),
-        given=given,
+def _dense_labels(study: Study) -> _Labels:
+    """Labels with a table of its own: a row for each record, its numbers left to `to_frame`."""
+    old, shape = study.labels, study.time.shape
+    columns = Columns(
+        subject=old.columns.subject,
+        time=old.columns.time,
+        outcome={name: name for name in study.outcomes},
+        covariates=tuple(name for name, value in study.covariates.items() if value.ndim == 1),
+        time_varying=tuple(name for name, value in study.covariates.items() if value.ndim == 2),
+        censored={},
     )
-    return doses, items
-
-
-def _arrange_events(
-    code: np.ndarray,
-    time: np.ndarray,
-    kinds: _Kinds,
-    order: np.ndarray,
-    rows: np.ndarray,
-    compartments: tuple[int, ...],
-) -> Events:
-    """Rows and ends of infusions in one sequence, [subject, event]."""
-    infused = np.flatnonzero(kinds.dose & (kinds.rate > 0))
-    ends = time[infused] + kinds.amount[infused] / kinds.rate[infused]
-    # An infusion too short for the clock (end == time) is a bolus.
-    lasting = ends > time[infused]
-    infused, ends = infused[lasting], ends[lasting]
-    kept = ends <= time[rows[code[infused], -1]]
-    # The list of events: all rows in order, then the ends of infusions, which come before rows
-    # of the same time.
-    event_code = np.concatenate([code[order], code[infused[kept]]])
-    event_time = np.concatenate([time[order], ends[kept]])
-    rank = np.concatenate([np.arange(order.size), np.full(kept.sum(), -1)])
-    sequence = np.lexsort((rank, event_time, event_code))
-    items, filled = _Grid.of(sequence, event_code[sequence], rows.shape[0])
-    slot = np.empty(event_code.size, np.int32)  # where in its subject's sequence an event stands
-    slot[items[filled]] = np.nonzero(filled)[1]
-    row_slot = np.empty(order.size, np.int32)
-    row_slot[order] = slot[: order.size]
-    end_slot = np.full(infused.size, items.shape[1])
-    end_slot[kept] = slot[order.size :]
-
-    jump = np.zeros((*items.shape, len(compartments)))
-    inflow = np.zeros_like(jump)
-    bolus = np.setdiff1d(np.flatnonzero(kinds.dose), infused)
-    axis = np.searchsorted(compartments, kinds.compartment)
-    jump[code[bolus], row_slot[bolus], axis[bolus]] = kinds.amount[bolus]
-    for row, end in zip(infused, end_slot, strict=True):
-        # Added over the slots in force, not added and taken away again: the rate returns to
-        # zero exactly.
-        inflow[code[row], row_slot[row] : end, axis[row]] += kinds.rate[row]
-    return Events(event_time[items], jump, inflow, row_slot[rows])
-
-
-def _write(frame: pd.DataFrame, column: str, rows: np.ndarray, cells: np.ndarray) -> None:
-    """Writes numbers into rows of a column; the column keeps its dtype if that can hold them."""
-    old = frame[column]
-    values, _ = _floats(old)
-    if np.array_equal(values[rows], cells, equal_nan=True):
-        return  # float64 cannot say all that a column can (large integers, kinds of NA)
-    values = values.copy()  # pandas lends its own memory
-    values[rows] = cells
-    new = pd.Series(values)
-    try:
-        same = new.astype(old.dtype)
-        if np.array_equal(_floats(same)[0], values, equal_nan=True):
-            new = same
-    except (TypeError, ValueError):  # NaN in a column of integers
-        pass
-    frame[column] = new.array
+    who = old.frame[columns.subject].iloc[old.rows[:, 0].repeat(shape[1])]
+    frame = who.reset_index(drop=True).to_frame()
+    for name in (columns.time, *study.outcomes, *study.covariates):
+        frame[name] = np.nan
+    rows = np.arange(study.time.size).reshape(shape)
+    no_rows = np.broadcast_to(rows[:, :1], study.doses.time.shape)  # doses stand in no row
+    return _Labels(study.ids, frame, columns, study.units, rows, no_rows, dict(study.observed))

@@ -376,7 +376,64 @@ def test_with_values_ignores_padding_and_works_under_jit():
     np.testing.assert_array_equal(study.with_values(y=new).to_frame()["y"], [9, 8, 7, 6, 5])
 
 
+def test_at_other_times_doses_act_and_covariates_are_carried_forward():
+    study = Study.from_frame(
+        _dosed().assign(temp=[1.0, 2, 3, 4, 5, 6, 7, 8, 9]),
+        covariates="WT",
+        time_varying="temp",
+        units={"time": "h"},
+    )
+    times = np.array([1.0, 2.5, 3.0])
+    dense = study.at(times)
+    assert dense.ids == study.ids and dense.units == study.units and dense.values == {}
+    np.testing.assert_array_equal(dense.time, [times, times])
+    assert dense.recorded.all() and dense.observed["DV"].all() and dense.time.shape == (2, 3)
+    np.testing.assert_array_equal(dense.covariates["WT"], study.covariates["WT"])
+    np.testing.assert_array_equal(dense.covariates["temp"], [[3, 4, 4], [7, 7, 8]])
+    jax.tree.map(np.testing.assert_array_equal, dense.doses, study.doses)
+    events = dense.events
+    # Where the study begins, its doses, the end of the infusion (subject 3), the new times.
+    np.testing.assert_array_equal(events.time, [[0, 0, 1, 1, 2.5, 3], [0, 0, 1, 2, 2.5, 3]])
+    np.testing.assert_array_equal(events.record, [[3, 4, 5], [2, 4, 5]])
+    np.testing.assert_array_equal(events.jump[0, :, 1], [0, 0, 50, 0, 0, 0])
+    np.testing.assert_array_equal(events.inflow[1, :, 0], [0, 5, 5, 0, 0, 0])
+    early = study.at([[-1.0], [0.2]])  # before the first record, and before the second dose
+    np.testing.assert_array_equal(early.covariates["temp"], [[1], [6]])
+    np.testing.assert_array_equal(early.events.jump[0], 0.0)
+
+
+@table
+def test_at_other_times_is_a_study_like_any_other(name):
+    """It keeps its structure under JAX, and its table says who, when and with what covariates."""
+    study = _read(name)
+    dense = study.at([0.25, 7.0])
+    assert jax.tree.leaves(dense)[0].dtype == np.float64 and "to be sampled" in repr(dense)
+    frame, subject = dense.to_frame(), study.labels.columns.subject
+    assert list(frame[subject]) == [name for name in study.ids for _ in range(2)]
+    np.testing.assert_array_equal(frame[study.labels.columns.time], [0.25, 7.0] * len(study.ids))
+    assert frame[list(study.outcomes)].isna().all(axis=None)
+    filled = dense.with_values(**{n: dense.time + 1.0 for n in study.outcomes})
+    plain = Study.from_frame(
+        filled.to_frame(),
+        subject,
+        study.labels.columns.time,
+        list(study.outcomes),
+        covariates=[n for n, v in study.covariates.items() if v.ndim == 1],
+        time_varying=[n for n, v in study.covariates.items() if v.ndim == 2],
+    )
+    for kind in ("time", "values", "observed", "covariates"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(plain, kind), getattr(filled, kind))
+    pd.testing.assert_frame_equal(
+        dense.subset([1]).to_frame(), frame[frame[subject] == study.ids[1]]
+    )
+
+
 BAD_CALLS = {
+    "times of nobody": (lambda s: s.at(np.ones((3, 4))), "2 subjects; got (3, 4)"),
+    "one time": (lambda s: s.at(1.0), "shape [time], or [subject, time]"),
+    "no times": (lambda s: s.at([]), "got (0,)"),
+    "times that fall": (lambda s: s.at([0.0, 2.0, 1.0]), "finite and increase; got [0.0, 2.0"),
+    "times that are not": (lambda s: s.at([0.0, nan]), "finite and increase"),
     "unknown outcome": (lambda s: s.with_values(z=s.time), "expected outcomes among ['y']"),
     "wrong shape": (lambda s: s.with_values(y=s.time[0]), "[subject, time] = (2, 3); got (3,)"),
     "not finite": (lambda s: s.with_values(y=s.time * nan), "got nan for subject 1 at time 0.0"),

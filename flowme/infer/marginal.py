@@ -11,6 +11,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 
 from flowme.infer.conditional import importance, laplace, likelihood_at, log_mean, population_law
+from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
 from flowme.study import Study
 
@@ -34,10 +35,8 @@ class MarginalLikelihood(NamedTuple):
 
 def marginal_log_likelihood(
     key: jax.Array,
-    joint: Joint,
-    theta: jax.Array,
-    weights: Weights,
-    study: Study,
+    fit: Fit,
+    study: Study | None = None,
     *,
     points: int = 256,
     replicates: int = 8,
@@ -51,23 +50,38 @@ def marginal_log_likelihood(
 
     Args:
         key: random key; is consumed.
-        joint: the model.
-        theta: its population parameters, unconstrained, `[parameter]`.
-        weights: its flow weights.
-        study: the subjects.
+        fit: a fitted model.
+        study: the subjects; by default those of the fit.
         points: points per subject and replicate.
         replicates: independent replicates, at least 2.
     """
+    study = fit.study if study is None else study
+    return estimate_marginal(
+        key, fit.joint, fit.theta, fit.weights, study, points=points, replicates=replicates
+    )
+
+
+def estimate_marginal(
+    key: jax.Array,
+    joint: Joint,
+    theta: jax.Array,
+    weights: Weights,
+    study: Study,
+    *,
+    points: int = 256,
+    replicates: int = 8,
+) -> MarginalLikelihood:
+    """`marginal_log_likelihood` of `joint` at θ and these flow weights."""
     if replicates < 2:
         raise ValueError(f"expected at least 2 replicates for a standard error; got {replicates}.")
-    estimate = jax.jit(partial(_replicates, joint, points, replicates))
-    values = estimate(key, theta, weights, study)
+    values = _replicates(joint, points, replicates, key, theta, weights, study)
     mean = logsumexp(values, axis=0) - jnp.log(replicates)
     relative = jnp.exp(values - mean)
     error = jnp.std(relative, axis=0, ddof=1) / jnp.sqrt(replicates)
     return MarginalLikelihood(np.asarray(mean), np.asarray(error))
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _replicates(joint: Joint, points: int, replicates: int, key, theta, weights, study) -> Any:
     values = joint.constrain(theta)
     mean, covariance = joint.effect_moments(jax.random.key(0), theta, weights, study)

@@ -122,7 +122,7 @@ class Newton(NamedTuple):
     def derivatives(self, key, state: NewtonState, weights, study):
         """Gradient and Hessian of the objective at θ."""
         nodes = self._nodes(key, state.theta, state.conditional, weights, study)
-        marginal = self._marginal(state.theta, nodes, weights, study)
+        marginal = self.marginal(state.theta, nodes, weights, study)
 
         def objective(theta):
             prior = self.joint.log_prior(theta, study) if self.use_priors else 0.0
@@ -133,9 +133,9 @@ class Newton(NamedTuple):
     def scores(self, key, state: NewtonState, weights, study) -> jax.Array:
         """∂ log p(y_i; θ) / ∂θ of every subject, `[subject, parameter]`."""
         nodes = self._nodes(key, state.theta, state.conditional, weights, study)
-        return jax.jacfwd(self._marginal(state.theta, nodes, weights, study))(state.theta)
+        return jax.jacfwd(self.marginal(state.theta, nodes, weights, study))(state.theta)
 
-    def _marginal(self, theta0, nodes, weights, study):
+    def marginal(self, theta0, nodes, weights, study):
         """θ -> log p(y_i; θ) `[subject]` at fixed nodes, moved along with referenced parameters."""
         joint, references = self.joint, self.references
         matrix = jnp.asarray(references.matrix(joint))
@@ -157,7 +157,7 @@ class Newton(NamedTuple):
 
     def _objective(self, key, theta, conditional, weights, study):
         nodes = self._nodes(key, theta, conditional, weights, study)
-        values = self._marginal(theta, nodes, weights, study)(theta)
+        values = self.marginal(theta, nodes, weights, study)(theta)
         prior = self.joint.log_prior(theta, study) if self.use_priors else 0.0
         return values, jnp.sum(values) + prior
 

@@ -16,8 +16,8 @@ from flowme.effects import GaussianRandomEffect, RandomEffect
 from flowme.infer.conditional import Conditional
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, start_weights
-from flowme.infer.learn import Learn, LearnState, side_by_side
-from flowme.infer.marginal import marginal_log_likelihood
+from flowme.infer.learn import Block, Learn, LearnState, side_by_side
+from flowme.infer.marginal import estimate_marginal
 from flowme.infer.newton import Newton, NewtonState, References, references
 from flowme.primitives import replace_effect
 from flowme.study import Study
@@ -26,7 +26,8 @@ from flowme.study import Study
 _ORDER = {1: 15, 2: 9, 3: 5, 4: 4}
 
 _BLOCK = 5  # updates of a flow in one compiled call, between two moves of the progress bar
-_PATIENCE = 15  # updates without a better held-out likelihood after which a flow is stopped
+_DEPENDENCE = (2.0, 16.0)  # penalties on dependence between coordinates, chosen by held-out fit
+_PATIENCE = 20  # updates without a better held-out likelihood after which a flow is stopped
 
 
 class VEMState(NamedTuple):
@@ -74,7 +75,7 @@ class VariationalEM:
         max_iterations: int = 100,
         points: int = 256,
         flow_updates: int = 60,
-        folds: int = 5,
+        folds: int = 4,
         optimizer: optax.GradientTransformation | None = None,
     ):
         if not callable(model):
@@ -110,7 +111,8 @@ class VariationalEM:
         else:
             key, key_update = jax.random.split(state.key)
             everyone = jnp.ones(study.subjects.size)
-            inner = self._run(state.engine, "update")(key_update, state.inner, everyone, study)
+            program = self._run(state.engine, "update")
+            inner = program(key_update, state.inner, everyone, _DEPENDENCE[0], study)
             state = state._replace(key=key, inner=inner)
         return state, self.evaluate(state)
 
@@ -196,63 +198,59 @@ class VariationalEM:
     # The flow.
 
     def _learn(self, joint: Joint, found: References) -> Learn:
-        return Learn(joint, found, self.optimizer, 64, 8, 10, self.use_priors)
+        return Learn(joint, found, self.optimizer, 64, 4, 10, 1.0, self.use_priors)
 
     def _learn_flow(self, key, joint: Joint, values, weights, first: _Course, study, progress):
         """Updates of the flow from the Gaussian fit, as many as held-out subjects ask for.
 
-        The folds and the fit to all subjects run side by side; the latter is read off where the
-        former are best.
+        For every penalty on dependence, the folds and the fit to all subjects run side by side;
+        the latter is read off where the former are best.
         """
         learn = self._learn(joint, first.newton.references)
         start = learn.start(joint.unconstrain(values), weights, first.conditional)
         key_fold, key_run = jax.random.split(key)
-        count = min(self.folds, study.subjects.size)
-        folds = jax.random.permutation(key_fold, jnp.arange(study.subjects.size) % max(count, 1))
-        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (count + 1, *jnp.shape(x))), start)
+        plan = _Plan.of(key_fold, learn, study.subjects.size, self.folds)
+        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(plan.masks), *x.shape)), start)
         program = self._program(
-            (learn, "folds", count),
+            (learn, "side by side", len(plan.masks)),
             lambda: lambda *arguments: side_by_side(learn, *arguments, updates=_BLOCK),
         )
         blocks: list[Any] = []
         why, converged = "", first.converged
-        title = f"Flow, {count} folds side by side" if count else "Flow"
-        with tqdm(total=self.flow_updates, desc=title, disable=not progress) as bar:
+        with tqdm(total=self.flow_updates, desc=plan.title, disable=not progress) as bar:
             try:
                 for k in jax.random.split(key_run, -(-self.flow_updates // _BLOCK)):
-                    states, block = program(k, states, folds, study)
-                    blocks.append(jax.tree.map(np.asarray, block))
-                    bar.update(_BLOCK)
-                    path = jax.tree.map(lambda *x: np.concatenate(x), *blocks)
-                    gain = -2 * (path.held_out - path.held_out[0]).sum(1)
-                    bar.set_postfix_str(
-                        f"held-out -2LL {gain[-_BLOCK:].mean():+.1f} against the Gaussian"
-                        if count
-                        else f"-2LL {-2 * path.log_likelihood[-1]:.1f}"
+                    states, block = program(
+                        k, states, plan.masks, plan.dependence, plan.everyone, study
                     )
-                    if count and np.argmin(_smooth(gain)) < len(gain) - _PATIENCE:
+                    blocks.append(jax.tree.map(np.asarray, block))
+                    path = jax.tree.map(lambda *x: np.concatenate(x), *blocks)
+                    bar.update(_BLOCK)
+                    bar.set_postfix_str(plan.report(path))
+                    if plan.past_the_best(path):
                         break
             except KeyboardInterrupt:
                 why, converged = "stopped by the user while learning the flow", False
         if not blocks:
             return first._replace(why=why, converged=False)
-        selection = (path.held_out - path.held_out[0]).sum(1) if count else None
-        best = _stopping_time(path.held_out) if count else len(path.theta) - 1
-        theta, weights = jax.tree.map(lambda x: jnp.asarray(x[best]), (path.theta, path.weights))
+        update, candidate, selection = plan.choose(path)
+        theta, weights = jax.tree.map(
+            lambda x: jnp.asarray(x[update, candidate]), (path.theta, path.weights)
+        )
         moved = jnp.asarray(learn.references.matrix(joint)) @ (theta - start.theta)
         conditional = start.conditional._replace(mean=start.conditional.mean - moved)
-        history = [*first.history, *path.log_likelihood[: best + 1]]
-        newton = Newton(joint, learn.references, 0, self.points, self.use_priors)
+        climbed = path.log_likelihood[: update + 1, plan.everyone[candidate]].sum(1)
         return _Course(
-            joint, theta, weights, conditional, history, converged, why, newton, selection
-        )
+            joint, theta, weights, conditional, [*first.history, *climbed], converged, why,
+            Newton(joint, learn.references, 0, self.points, self.use_priors), selection,
+        )  # fmt: skip
 
     # The end.
 
     def _finish(self, key, course: _Course, study: Study) -> Fit:
         key_marginal, key_information = jax.random.split(key)
         joint, theta, weights = course.joint, course.theta, course.weights
-        marginal = marginal_log_likelihood(key_marginal, joint, theta, weights, study)
+        marginal = estimate_marginal(key_marginal, joint, theta, weights, study)
         information = self._information(key_information, course, study)
         messages = [course.why] if course.why else []
         messages += _failed(marginal.log_likelihood, joint, course, study)
@@ -352,23 +350,74 @@ def _start(key, joint: Joint, laws, first: _Course, init):
     return {**init, **values}, weights
 
 
-def _stopping_time(held_out: np.ndarray) -> int:
-    """The number of updates with the best held-out likelihood; 0, the Gaussian, unless it is
-    better by more than one standard error of the difference.
+class _Plan(NamedTuple):
+    """Which flows are learned side by side, and how held-out subjects choose among them."""
 
-    Args:
-        held_out: log p(y_i) by the fold that does not see subject i, `[update, subject]`.
-    """
-    gain = held_out - held_out[0]
-    total = _smooth(gain.sum(1))
-    best = int(np.argmax(total))
-    error = np.sqrt(held_out.shape[1]) * gain[best].std(ddof=1)
-    return best if total[best] > error else 0
+    folds: np.ndarray  # the fold that leaves out each subject, [subject]
+    count: int  # folds; 0 for none
+    masks: np.ndarray  # [state, subject]
+    dependence: np.ndarray  # penalty of each state, [state]
+    everyone: np.ndarray  # the state of each penalty that sees all subjects, [penalty]
 
+    @classmethod
+    def of(cls, key, learn: Learn, size: int, count: int) -> _Plan:
+        laws = [law for law in learn.joint.roles.laws.values() if getattr(law, "network", False)]
+        depends = any(law.flow.groups(len(law.names))[1].any() for law in laws)
+        penalties = _DEPENDENCE if depends and count else _DEPENDENCE[:1]
+        count = min(count, size)
+        folds = np.asarray(jax.random.permutation(key, np.arange(size) % max(count, 1)))
+        masks = np.concatenate([folds != np.arange(count)[:, None], np.ones((1, size), bool)])
+        return cls(
+            folds,
+            count,
+            np.tile(masks, (len(penalties), 1)).astype(float),
+            np.repeat(penalties, count + 1),
+            (count + 1) * np.arange(1, len(penalties) + 1) - 1,
+        )
 
-def _smooth(curve: np.ndarray) -> np.ndarray:
-    """A running mean of five: each update draws fresh nodes, so the curve is noisy."""
-    return np.convolve(np.pad(curve, 2, mode="edge"), np.ones(5) / 5, mode="valid")
+    @property
+    def title(self) -> str:
+        if not self.count:
+            return "Flow"
+        return f"Flow, {self.count} folds, {len(self.everyone)} penalties"
+
+    def held_out(self, path: Block) -> np.ndarray:
+        """log p(y_i) by the fold that does not see i, over that of the Gaussian,
+        `[update, penalty, subject]`."""
+        values = path.log_likelihood.reshape(len(path.theta), -1, self.count + 1, len(self.folds))
+        values = np.take_along_axis(values, self.folds[None, None, None], axis=2)[:, :, 0]
+        return values - values[:1]
+
+    def report(self, path: Block) -> str:
+        if not self.count:
+            return f"-2LL {-2 * path.log_likelihood[-1, -1].sum():.1f}"
+        gain = self._smooth(path)
+        return f"held-out -2LL {-2 * gain.max():+.1f} against the Gaussian"
+
+    def past_the_best(self, path: Block) -> bool:
+        """Whether no penalty has improved its held-out likelihood for a while."""
+        if not self.count:
+            return False
+        gain = self._smooth(path)
+        return bool(np.all(np.argmax(gain, axis=0) < len(gain) - _PATIENCE))
+
+    def choose(self, path: Block) -> tuple[int, int, np.ndarray | None]:
+        """The update and penalty with the best held-out likelihood, and its curve; no update at
+        all, the Gaussian, unless it is better by more than a standard error of the difference."""
+        if not self.count:
+            return len(path.theta) - 1, 0, None
+        smooth, gain = self._smooth(path), self.held_out(path)
+        update, penalty = np.unravel_index(np.argmax(smooth), smooth.shape)
+        error = np.sqrt(gain.shape[2]) * gain[update, penalty].std(ddof=1)
+        if smooth[update, penalty] <= error:
+            update = 0
+        return int(update), int(penalty), gain[:, penalty].sum(1)
+
+    def _smooth(self, path: Block) -> np.ndarray:
+        """Total gain `[update, penalty]`, a running mean of five: each update draws fresh nodes,
+        so the curve is noisy."""
+        total = np.pad(self.held_out(path).sum(2), ((2, 2), (0, 0)), mode="edge")
+        return np.mean([total[k : len(total) - 4 + k] for k in range(5)], axis=0)
 
 
 def _failed(log_likelihood: np.ndarray, joint: Joint, course: _Course, study: Study) -> list[str]:

@@ -1,0 +1,250 @@
+"""The rows of a table as arrays: doses, outcomes and covariates, refused if anything is wrong."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from flowme.events import Timeline
+from flowme.table import Columns, StudyError, StudyWarning, Table
+
+__all__ = ["Outcomes", "Rows", "read_rows"]
+
+
+class Outcomes(NamedTuple):
+    """Each outcome over the rows of the table: outcome -> [row]."""
+
+    values: dict[str, np.ndarray]
+    observed: dict[str, np.ndarray]
+    censored: dict[str, np.ndarray]
+    written: np.ndarray  # [row] True where an observation stands, legible or not
+
+
+class Rows(NamedTuple):
+    """A table that was read, and nothing found wrong with it."""
+
+    ids: tuple[Any, ...]
+    line: Timeline
+    outcomes: Outcomes
+    covariates: dict[str, np.ndarray]  # name -> [row]
+    columns: Columns  # where the levels of `outcome_type` name the outcomes
+
+
+def read_rows(
+    frame: pd.DataFrame, columns: Columns, units: dict[str, str], keep_unobserved: bool
+) -> Rows:
+    """Reads all rows, and refuses the table if anything is wrong with it."""
+    if frame.empty:
+        raise StudyError(["expected at least one row; got an empty table"])
+    table = Table(frame, columns.subject)
+    code, ids = pd.factorize(frame[columns.subject])
+    table.refuse(code < 0, f"an identifier in column {columns.subject!r}")
+    time = table.numbers(columns.time, True)
+    kinds = _kinds(table, columns)
+    outcomes, columns = _read_outcomes(table, columns, kinds)
+    covariates = {n: table.numbers(n, True) for n in columns.covariates + columns.time_varying}
+    for name in columns.covariates:
+        _refuse_changes(table, name, code, covariates[name])
+    for name, observed in outcomes.observed.items():
+        _refuse_duplicates(table, name, code, time, observed)
+    nameable = ["time", "amount", *outcomes.values, *covariates]
+    table.findings += [
+        f"expected units of {', '.join(nameable)}; got {name!r}"
+        for name in units
+        if name not in nameable
+    ]
+    if not keep_unobserved:
+        seen = np.isin(code, code[outcomes.written])
+        first = np.isin(np.arange(len(code)), np.unique(code, return_index=True)[1])
+        advice = ". Leave the subject out, or write keep_unobserved=True"
+        table.refuse(first & ~seen & (code >= 0), "an observation of this subject", advice=advice)
+    if table.findings:
+        raise StudyError(table.findings)
+    _warn_of_order(code, time, ids.tolist())
+    line = Timeline(code, time, kinds.dose, kinds.amount, kinds.rate, kinds.compartment)
+    return Rows(tuple(ids.tolist()), line, outcomes, covariates, columns)
+
+
+def _warn_of_order(code: np.ndarray, time: np.ndarray, ids: list[Any]) -> None:
+    order = np.argsort(code, kind="stable")
+    back = (np.diff(time[order]) < 0) & (np.diff(code[order]) == 0)
+    unsorted = np.unique(code[order][1:][back])
+    starts = code[np.insert(np.diff(code) != 0, 0, True)]
+    apart = np.flatnonzero(np.bincount(starts) > 1)
+    for subjects, what in ((unsorted, "sorted by time"), (apart, "gathered from several places")):
+        if subjects.size:
+            warnings.warn(
+                f"The rows of {subjects.size} of {len(ids)} subjects were {what}, subject "
+                f"{ids[subjects[0]]!r} first; Study.to_frame gives them back as they were.",
+                StudyWarning,
+                stacklevel=4,
+            )
+
+
+# What each row is ---------------------------------------------------------------------------------
+
+
+class _Kinds(NamedTuple):
+    """What each row is, [row]; `measured` rows may hold observations."""
+
+    dose: np.ndarray
+    measured: np.ndarray
+    silent: np.ndarray  # MDV = 1: whatever is written as the outcome does not count
+    amount: np.ndarray
+    rate: np.ndarray
+    compartment: np.ndarray
+
+
+def _kinds(table: Table, columns: Columns) -> _Kinds:
+    """Tells doses from measurements, and reads the doses."""
+    event = None if columns.event is None else _read_event(table, columns.event)
+    amount = silent = np.zeros(len(table.frame))
+    if columns.amount is not None:
+        needed = False if event is None else event == 1
+        amount = np.nan_to_num(table.numbers(columns.amount, needed, " on a dose row"))
+        table.refuse(amount < 0, "an amount of 0 or more", amount)
+    dose = amount > 0 if event is None else event == 1
+    if event is not None:
+        stray = (amount > 0) & np.isin(event, (0, 2))
+        table.refuse(stray, f"{columns.event} 1 on a row with an amount", event)
+        if columns.amount is None:
+            expected = f"an amount for a dose ({columns.event} 1)"
+            for row in np.flatnonzero(dose).tolist():
+                table.found(row, expected, "no column. Name it: amount=...")
+    if columns.missing is not None:
+        silent = table.numbers(columns.missing, True)
+        unknown = ~np.isin(silent, (0, 1)) & np.isfinite(silent)
+        table.refuse(unknown, f"{columns.missing} in {{0, 1}}", silent)
+    measured = (~dose if event is None else event == 0) & (silent != 1)
+    rate, compartment = _read_doses(table, columns, dose)
+    return _Kinds(dose, measured, silent == 1, amount, rate, compartment)
+
+
+def _read_event(table: Table, column: str) -> np.ndarray:
+    event = table.numbers(column, True)
+    resets, rxode = np.isin(event, (3, 4)), (event > 100) & np.isfinite(event)
+    unknown = ~np.isin(event, (0, 1, 2)) & np.isfinite(event) & ~resets & ~rxode
+    for wrong, advice in (
+        (resets, ": resets are not supported yet"),
+        (rxode, ". That is an RxODE code: write 1 for a dose"),
+        (unknown, ""),
+    ):
+        table.refuse(wrong, f"{column} in {{0, 1, 2}}", event, advice)
+    return event
+
+
+def _read_doses(table: Table, columns: Columns, dose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rate and compartment of each row; refuses what doses cannot say yet."""
+    rate = np.zeros(dose.shape)
+    if columns.rate is not None:
+        rate = np.nan_to_num(table.numbers(columns.rate))
+        advice = ": a rate or duration that is estimated is not supported yet"
+        table.refuse(rate < 0, "a rate of 0 (bolus) or more", rate, advice)
+        table.refuse((rate > 0) & ~dose, "a rate on dose rows only", rate)
+    compartment = np.ones(dose.shape)
+    if columns.compartment is not None:
+        compartment = table.numbers(columns.compartment, dose, " on a dose row")
+        wrong = dose & ((compartment < 1) | (compartment % 1 != 0)) & np.isfinite(compartment)
+        table.refuse(wrong, "a compartment counted from 1", compartment)
+    for name in ("ADDL", "II", "SS"):
+        if columns.amount is not None and name in table.frame.columns:
+            repeats = np.nan_to_num(table.numbers(name))
+            advice = ": not supported yet. Expand the doses into rows"
+            table.refuse(repeats != 0, f"no {name}", repeats, advice)
+    return rate, np.where(dose, np.nan_to_num(compartment), 1).astype(np.int32)
+
+
+# Outcomes and covariates --------------------------------------------------------------------------
+
+
+def _read_outcomes(table: Table, columns: Columns, kinds: _Kinds) -> tuple[Outcomes, Columns]:
+    """The outcomes; and the columns, where the levels of `outcome_type` name the outcomes."""
+    where = dict.fromkeys(columns.outcome, kinds.measured)
+    if columns.outcome_type is not None:
+        where, columns = _levels(table, columns, kinds.measured)
+    outcomes = Outcomes({}, {}, {}, np.zeros(len(table.frame), bool))
+    wide = len(set(columns.outcome.values())) > 1
+    read: dict[str, np.ndarray] = {}
+    for name, column in columns.outcome.items():
+        if column not in read:
+            read[column] = _read_outcome(table, column, kinds, needed=not wide)
+        observed = where[name] & np.isfinite(read[column])
+        outcomes.values[name], outcomes.observed[name] = read[column], observed
+        written = where[name] & (table.frame[column].notna().to_numpy(bool) | (not wide))
+        outcomes.written[written] = True
+        if not written.any():
+            table.findings.append(f"expected a value of outcome {name!r}; got none in the table")
+        if name in columns.censored:
+            outcomes.censored[name] = _read_censored(table, columns.censored[name], observed)
+    return outcomes, columns
+
+
+def _read_outcome(table: Table, column: str, kinds: _Kinds, needed: bool) -> np.ndarray:
+    advice = ". Drop the row, or mark it by 1 in a column missing=... (MDV)"
+    values = table.numbers(column, kinds.measured & needed, advice)
+    stray = ~kinds.measured & ~kinds.silent & (np.nan_to_num(values) != 0)
+    expected = f"no {column!r} on a row that is not a measurement"
+    table.refuse(stray, expected, values, ". Give it a row of its own")
+    return values
+
+
+def _read_censored(table: Table, column: str, observed: np.ndarray) -> np.ndarray:
+    censored = table.numbers(column, observed)
+    unknown = observed & ~np.isin(censored, (-1, 0, 1)) & np.isfinite(censored)
+    table.refuse(unknown, f"{column} in {{-1, 0, 1}}", censored)
+    return np.where(observed, np.nan_to_num(censored), 0).astype(np.int32)
+
+
+def _levels(
+    table: Table, columns: Columns, measured: np.ndarray
+) -> tuple[dict[str, np.ndarray], Columns]:
+    """Where each level of `outcome_type` is measured, and the columns with outcomes so named."""
+    cells = table.frame[columns.outcome_type]
+    empty = cells.isna().to_numpy(bool)
+    table.refuse(measured & empty, f"an outcome in column {columns.outcome_type!r}")
+    # A column of whole numbers with an empty cell is float in pandas: 1.0 is still level "1".
+    names = np.array(
+        [str(int(c)) if isinstance(c, float) and c.is_integer() else str(c) for c in cells]
+    )
+    levels = dict.fromkeys(names[measured & ~empty].tolist())
+    ((name, column),) = columns.outcome.items()
+    if name != column:
+        if len(levels) > 1:
+            table.findings.append(
+                f"expected one outcome to be named {name!r}; got {list(levels)} in column "
+                f"{columns.outcome_type!r}. Write outcome={column!r}"
+            )
+        return {name: measured & ~empty}, columns
+    censored = columns.censored.get(column)
+    return {level: measured & ~empty & (names == level) for level in levels}, columns._replace(
+        outcome=dict.fromkeys(levels, column),
+        censored=dict.fromkeys(levels, censored) if censored is not None else {},
+    )
+
+
+def _refuse_changes(table: Table, name: str, code: np.ndarray, values: np.ndarray) -> None:
+    """One finding for each subject whose covariate changes: the first row that differs."""
+    first: dict[int, int] = {}
+    told: set[int] = set()
+    for row in np.flatnonzero(np.isfinite(values) & (code >= 0)).tolist():
+        before = first.setdefault(code[row], row)
+        if values[row] != values[before] and code[row] not in told:
+            told.add(code[row])
+            table.found(
+                row,
+                f"covariate {name!r} constant within a subject",
+                f"{values[row]:g} here and {values[before]:g} in {table.name(before)}. "
+                "Name it in time_varying=... if it changes",
+            )
+
+
+def _refuse_duplicates(
+    table: Table, name: str, code: np.ndarray, time: np.ndarray, observed: np.ndarray
+) -> None:
+    first: dict[tuple[int, float], int] = {}
+    for row in np.flatnonzero(observed & np.isfinite(time) & (code >= 0)).tolist():
+        before = first.setdefault((code[row], time[row]), row)
+        if before != row:
+            expected = f"one value of {name!r} at time {time[row]:g}"
+            table.found(row, expected, f"another in {table.name(before)}")

@@ -1,0 +1,318 @@
+"""Estimation against what is known exactly: a linear mixed model; and theophylline's references."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from cases import line_exact, line_model, line_study, theophylline_model
+from scipy.optimize import minimize
+
+import flowme as fm
+from flowme.infer.joint import Joint
+from flowme.infer.newton import references
+
+
+def exact_of(study, params):
+    """`line_exact` at fitted parameters."""
+    chol = params["eta_omega"][:, None] * params["eta_corr_cholesky"]
+    omega = np.asarray(chol @ chol.T)
+    return line_exact(study, *(float(params[k]) for k in ("level", "slope", "a")), omega)
+
+
+@pytest.fixture(scope="module")
+def line_fit():
+    study = line_study()
+    return fm.VariationalEM(line_model()).run(jax.random.key(0), study, progress=False)
+
+
+def test_line_is_at_the_exact_maximum(line_fit):
+    """The exact marginal likelihood has no better point nearby: a quasi-Newton search from the
+    estimate gains less than 1e-4."""
+    joint, study = line_fit.joint, line_fit.study
+
+    def minus_exact(theta):
+        return -np.sum(exact_of(study, joint.constrain(jnp.asarray(theta)))[0])
+
+    here = minus_exact(np.asarray(line_fit.theta))
+    best = minimize(minus_exact, np.asarray(line_fit.theta), method="BFGS")
+    assert line_fit.converged
+    assert here - best.fun < 1e-4
+    np.testing.assert_allclose(line_fit.history[-1], -here, atol=1e-6)
+
+
+def test_line_conditional_distributions_are_exact(line_fit):
+    _, means, covariances = exact_of(line_fit.study, line_fit.params)
+    np.testing.assert_allclose(line_fit.conditional.mean, means, atol=1e-6)
+    tril = line_fit.conditional.scale_tril
+    np.testing.assert_allclose(tril @ np.swapaxes(tril, 1, 2), covariances, atol=1e-6)
+
+
+def test_line_importance_sampling(line_fit):
+    """Every seed's total within 4 of its Monte-Carlo errors of the exact one."""
+    exact = exact_of(line_fit.study, line_fit.params)[0].sum()
+    for seed in range(10):
+        found = fm.marginal_log_likelihood(jax.random.key(seed), line_fit, points=128)
+        assert found.total_se < 0.05
+        assert abs(found.total - exact) < 4 * found.total_se
+
+
+def test_line_standard_errors(line_fit):
+    """Against the Hessian of the exact log-likelihood, by finite differences."""
+    joint, study = line_fit.joint, line_fit.study
+    theta, size, h = np.asarray(line_fit.theta), line_fit.theta.size, 1e-3
+
+    def exact(t):
+        return np.sum(exact_of(study, joint.constrain(jnp.asarray(t)))[0])
+
+    eye = h * np.eye(size)
+    hessian = np.array(
+        [
+            [
+                exact(theta + a + b) - exact(theta + a - b) - exact(theta - a + b) + exact(theta - a - b)
+                for b in eye
+            ]
+            for a in eye
+        ]
+    ) / (4 * h**2)
+    np.testing.assert_allclose(line_fit.information, -hessian, rtol=2e-3, atol=1e-2)
+    expected = np.sqrt(np.diag(np.linalg.inv(-hessian)))
+    np.testing.assert_allclose(line_fit.standard_errors()["level"], expected[0], rtol=1e-3)
+
+
+def test_line_nuts_finds_the_conditional_means():
+    """Population parameters fixed: posterior means of η within 4.5 Monte-Carlo errors of exact."""
+    values = {"level": 2.0, "slope": -1.0, "a": 0.5}
+    omega = np.array([[1.0, 0.3], [0.3, 0.4]])
+    study = line_study(10)
+    law = dist.MultivariateNormal(jnp.zeros(2), omega)
+
+    def model(study):
+        eta = fm.random_effect("eta", law, study.subjects, names=["level", "slope"])
+        f = values["level"] + eta.level[:, None] + (values["slope"] + eta.slope[:, None]) * study.time
+        fm.observe("y", fm.residual.constant(f, values["a"]), study)
+
+    mcmc = fm.nuts(model, study, jax.random.key(0), num_warmup=500, num_samples=1000,
+                   num_chains=2, progress=False)  # fmt: skip
+    eta = np.asarray(mcmc.get_samples(group_by_chain=True)["eta"])
+    _, means, covariances = line_exact(study, *values.values(), omega)
+    size = numpyro.diagnostics.effective_sample_size(eta)
+    error = np.sqrt(np.diagonal(covariances, axis1=1, axis2=2) / size)
+    assert np.min(size) > 400
+    assert np.max(np.abs(eta.mean((0, 1)) - means) / error) < 4.5
+
+
+def test_oxboys_reference(shared):
+    """Exact: it is linear. Estimates of nlme (Goldstein 1987)."""
+    study = fm.Study.from_csv(
+        shared / "data" / "oxboys.csv", subject="Subject", time="age", outcome={"y": "height"}
+    )
+    model = line_model(fm.GaussianRandomEffect(["level", "slope"], full=True, omega=5.0))
+    fit = fm.VariationalEM(model).run(
+        jax.random.key(0), study, init={"level": 150.0, "slope": 5.0, "a": 1.0}, progress=False
+    )
+    assert abs(-2 * fit.history[-1] - 725.9677) < 1e-3
+    found = fit.params
+    for name, value in {"level": 149.3718, "slope": 6.525467, "a": 0.65989}.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4)
+    np.testing.assert_allclose(found["eta_omega"], [7.92403, 1.64672], rtol=1e-3)
+    np.testing.assert_allclose(found["eta_corr_cholesky"][1, 0], 0.642, atol=2e-3)
+
+
+REFERENCE = {
+    "constant": (345.435, {"ka": 1.579, "V": 31.63, "CL": 2.748, "a": 0.738},
+                 [0.395, 0.0179, 0.0708]),
+    "combined1": (341.9774, {"ka": 1.5319, "V": 31.603, "CL": 2.7573, "a": 0.4285, "b": 0.0574},
+                  [0.3931, 0.01665, 0.06902]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("error", REFERENCE)
+def test_theophylline_reference(error):
+    """Exact maximum likelihood (adaptive quadrature): estimates within 1 %, -2LL within 0.3."""
+    minus_two_ll, values, omega2 = REFERENCE[error]
+    fit = fm.VariationalEM(theophylline_model(error=error)).run(
+        jax.random.key(0),
+        fm.datasets.theophylline(),
+        init={"ka": 1.0, "V": 20.0, "CL": 0.5},
+        progress=False,
+    )
+    assert fit.converged
+    assert abs(fit.minus_two_ll - minus_two_ll) < 0.3
+    assert fit.minus_two_ll_se < 0.1
+    for name, value in values.items():
+        np.testing.assert_allclose(fit.params[name], value, rtol=0.01)
+    np.testing.assert_allclose(fit.params["eta_omega"] ** 2, omega2, rtol=0.01)
+
+
+def test_order_and_padding_of_subjects_change_nothing(line_fit):
+    study = line_fit.study
+    order = np.random.default_rng(0).permutation(study.subjects.size)
+    fit = fm.VariationalEM(line_model()).run(
+        jax.random.key(0), study.subset(order), progress=False
+    )
+    np.testing.assert_allclose(fit.history[-1], line_fit.history[-1], atol=1e-8)
+    np.testing.assert_allclose(fit.conditional.mean, line_fit.conditional.mean[order], atol=1e-6)
+
+
+def test_another_study_of_the_same_shape_compiles_nothing(line_fit):
+    vem = fm.VariationalEM(line_model())
+    first = line_study(12, seed=1)
+    vem.run(jax.random.key(0), first, progress=False)
+    counts = {name: program._cache_size() for name, program in vem._programs.items()}
+    second = first.with_values(y=first.values["y"] + 1.0)
+    fit = vem.run(jax.random.key(0), second, progress=False)
+    assert fit.converged
+    assert counts == {name: program._cache_size() for name, program in vem._programs.items()}
+    assert set(counts.values()) == {1}
+
+
+def test_references_are_found_where_they_are():
+    study = fm.datasets.theophylline()
+
+    def model(study):
+        ka = fm.population("ka", dist.LogNormal(0.5, 0.5))
+        V = fm.population("V", dist.LogNormal(3.4, 0.5))
+        k = fm.population("k", dist.LogNormal(-2.0, 0.5))
+        slope = fm.population("slope", dist.Normal(0.0, 1.0))
+        eta = fm.random_effect("eta", fm.GaussianRandomEffect(["V", "k"]), study.subjects)
+        V_i = V * jnp.exp(slope * (study.covariates["WT"] - 70) / 70 + eta.V)
+        k_i = k + 0.01 * eta.k  # neither additive nor exponential on k's own scale
+        psi = fm.individual(study.subjects, ka=ka, V=V_i, CL=k_i * V_i)
+        fm.observe("conc", fm.residual.constant(fm.oral_one_compartment(psi, study), 0.7), study)
+
+    joint = Joint.of(model, study)
+    found = references(joint, joint.unconstrain({}), {}, study)
+    assert found.pairs == ((0, "V", 0),)
+    assert found.sites == {"V"}
+
+
+def test_map_differs_from_maximum_likelihood_as_the_prior_says():
+    """A tight prior far away pulls the level; the objective has the prior in it."""
+    study = line_study(12)
+
+    def model(study):
+        level = fm.population("level", dist.Normal(8.0, 0.1))
+        eta = fm.random_effect("eta", fm.GaussianRandomEffect(["level"]), study.subjects)
+        f = (level + eta.level)[:, None] + 0.0 * study.time
+        fm.observe("y", fm.residual.constant(f, 2.0), study)
+
+    ml = fm.VariationalEM(model).run(jax.random.key(0), study, progress=False)
+    posterior = fm.VariationalEM(model, use_priors=True).run(jax.random.key(0), study, progress=False)
+    assert float(ml.params["level"]) < 2
+    assert 7 < float(posterior.params["level"]) < 8
+
+
+def test_a_subject_the_model_cannot_predict_is_named():
+    study = line_study(6)
+
+    def model(study):
+        level = fm.population("level", dist.Normal(0.0, 10.0))
+        eta = fm.random_effect("eta", fm.GaussianRandomEffect(["level"]), study.subjects)
+        bad = jnp.where(jnp.arange(6) == 4, jnp.nan, 0.0)
+        psi = fm.individual(study.subjects, level=level + eta.level + bad)
+        fm.observe("y", fm.residual.constant(psi.level[:, None] + 0 * study.time, 1.0), study)
+
+    numpyro.enable_validation(False)  # the NaN is meant
+    try:
+        fit = fm.VariationalEM(model).run(jax.random.key(0), study, progress=False)
+    finally:
+        numpyro.enable_validation(True)
+    assert not fit.converged
+    assert any("s4" in message and "1 subject" in message for message in fit.messages)
+
+
+def test_interrupting_returns_the_fit_so_far(monkeypatch, line_fit):
+    class Impatient:
+        def __init__(self, *args, **options):
+            self.count = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            return False
+
+        def update(self, n=1):
+            self.count += 1
+            if self.count == 2:
+                raise KeyboardInterrupt
+
+        def set_postfix_str(self, text):
+            pass
+
+    monkeypatch.setattr("flowme.infer.vem.tqdm", Impatient)
+    fit = fm.VariationalEM(line_model()).run(jax.random.key(0), line_fit.study)
+    assert not fit.converged
+    assert "stopped by the user after 2 iterations" in fit.messages[0]
+    # Taken up from there, it ends where the uninterrupted one did.
+    monkeypatch.undo()
+    again = fm.VariationalEM(line_model()).run(
+        jax.random.key(0), line_fit.study, init=fit.params, progress=False
+    )
+    np.testing.assert_allclose(again.history[-1], line_fit.history[-1], atol=1e-3)
+
+
+def test_save_and_load(tmp_path, line_fit):
+    path = fm.save(line_fit, tmp_path / "fit")
+    again = fm.load(path, line_model(), line_fit.study)
+    for name, value in line_fit.params.items():
+        np.testing.assert_array_equal(again.params[name], value)
+    assert again.minus_two_ll == line_fit.minus_two_ll
+    assert again.converged and again.selection is None
+    with pytest.raises(ValueError, match="expected a model and a study with the subjects"):
+        fm.load(path, line_model(), line_study(3))
+    with pytest.raises(ValueError, match="the parameters of fit.npz"):
+        fm.load(path, line_model(fm.GaussianRandomEffect(["level", "slope"])), line_fit.study)
+
+
+def test_init_update_evaluate_as_in_svi(line_fit):
+    study, vem = line_fit.study, fm.VariationalEM(line_model())
+    state = vem.init(jax.random.key(0), study)
+    values = [float(vem.evaluate(state))]
+    for _ in range(12):
+        state, value = vem.update(state, study)
+        values.append(float(value))
+    assert np.all(np.diff(values) < 1e-9)
+    np.testing.assert_allclose(-values[-1], line_fit.history[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("law", ["t", "mixture"])
+def test_other_laws_contain_the_gaussian(line_fit, law):
+    """Started from the Gaussian fit, they do not end below it (beyond the Monte-Carlo error)."""
+    names = ["level", "slope"]
+    effect = {
+        "t": fm.StudentTRandomEffect(names, full=True),
+        "mixture": fm.MixtureRandomEffect(names, full=True),
+    }[law]
+    fit = fm.VariationalEM(line_model(effect)).run(jax.random.key(0), line_fit.study, progress=False)
+    slack = 3 * np.hypot(fit.minus_two_ll_se, line_fit.minus_two_ll_se)
+    assert fit.minus_two_ll < line_fit.minus_two_ll + 0.5 + slack
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda s: fm.VariationalEM("model"), TypeError, "expected a model"),
+        (lambda s: fm.VariationalEM(line_model(), folds=1), ValueError, "expected folds"),
+        (
+            lambda s: fm.VariationalEM(line_model()).run(jax.random.key(0), s, init={"k": 1.0}),
+            ValueError,
+            r"expected population parameters among .*got \['k'\]",
+        ),
+        (
+            lambda s: fm.VariationalEM(line_model()).run(jax.random.key(0), s, init={"a": -1.0}),
+            ValueError,
+            "expected 'a' of shape .* within its support",
+        ),
+        (
+            lambda s: fm.VariationalEM(lambda s: None).run(jax.random.key(0), s),
+            ValueError,
+            "expected a model with random effects",
+        ),
+    ],
+)
+def test_bad_input(line_fit, call, error, words):
+    with pytest.raises(error, match=words):
+        call(line_fit.study)
