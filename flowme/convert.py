@@ -45,8 +45,8 @@ def to_arviz(result: Result, key: jax.Array | None = None, *, draws: int = 500) 
 
     The log-likelihood is the marginal one because `az.loo` and `az.compare` then leave out a
     subject. Given its own η_i, a subject's likelihood says how well data already seen can be
-    followed; it favours the model with the wider law of η, and its importance weights are as good
-    as infinite because η_i has no data but y_i.
+    followed, which favours the wider law of η; and as η_i has no data but y_i, leaving these out
+    changes it so much that importance weights fail.
 
     Args:
         result: a `Fit`, or a NumPyro `MCMC` that was run on `model(study)`.

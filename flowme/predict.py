@@ -186,7 +186,8 @@ def mcmc_draws(mcmc: MCMC) -> Draws:
         raise TypeError(
             f"expected a Fit of flowme.VariationalEM or a NumPyro MCMC; got {type(mcmc).__name__}."
         )
-    arguments = [*(mcmc._args or ()), *(mcmc._kwargs or {}).values()]
+    # NumPyro sets these at the run, and has no public name for them.
+    arguments = [*getattr(mcmc, "_args", ()), *getattr(mcmc, "_kwargs", {}).values()]
     if not arguments or not isinstance(arguments[0], Study):
         raise ValueError(
             "expected an MCMC after its run on a model of a study, mcmc.run(key, study); got "

@@ -128,9 +128,8 @@ def test_log_likelihood_is_the_marginal_one_at_each_draw(tree):
         values = {name: at[name].values for name in ("ka", "V", "CL", "a", "eta_omega")}
         values["eta_corr_cholesky"] = np.linalg.cholesky(at.eta_corr.values)
         theta = fit.joint.unconstrain(values)
-        exact = marginal_log_likelihood(
-            jax.random.key(5), fit.joint, theta, fit.weights, fit.study, points=1024
-        )
+        there = dataclasses.replace(fit, theta=theta)
+        exact = marginal_log_likelihood(jax.random.key(5), there, points=1024)
         found = tree.log_likelihood.conc.isel(chain=0, draw=draw).values
         np.testing.assert_allclose(found, exact.log_likelihood, atol=0.15)
         assert abs(found.sum() - exact.total) < 0.4
@@ -150,7 +149,7 @@ def test_mcmc_draws_are_those_of_numpyro():
     mcmc, tree = theophylline_nuts(), of_nuts()
     samples = mcmc.get_samples(group_by_chain=True)
     for name in ("ka", "eta_omega", "eta", "psi"):
-        np.testing.assert_array_equal(tree.posterior[name].values, samples[name])
+        np.testing.assert_allclose(tree.posterior[name].values, samples[name], rtol=1e-9)
     factor = np.asarray(samples["eta_corr_cholesky"])
     np.testing.assert_allclose(
         tree.posterior.eta_corr.values, factor @ factor.swapaxes(-1, -2), atol=1e-12

@@ -46,8 +46,9 @@ def laplace(
     likelihood: Callable[[jax.Array], jax.Array],
     prior_mean: jax.Array,
     prior_covariance: jax.Array,
-    start: jax.Array,
+    start: jax.Array | None,
     steps: int,
+    subjects: int,
 ) -> Conditional:
     """Modes and curvatures by damped Newton steps, all subjects at once.
 
@@ -55,16 +56,27 @@ def laplace(
         likelihood: η `[subject, effect]` -> log p(y_i | η_i) `[subject]`.
         prior_mean: μ, `[effect]`.
         prior_covariance: Ω, `[effect, effect]`.
-        start: where to start, `[subject, effect]`.
+        start: where to start, `[subject, effect]`; None: at the best of 64 points of N(μ, Ω), for
+            p(y_i | η) may have several modes (ka and CL/V may change places).
         steps: Newton steps.
+        subjects: how many.
     """
-    size = start.shape[1]
+    size = prior_mean.shape[0]
     precision = jnp.linalg.inv(prior_covariance + 1e-10 * jnp.eye(size))
 
     def objective(eta):
         residual = eta - prior_mean
         value = likelihood(eta) - 0.5 * jnp.einsum("sd,de,se->s", residual, precision, residual)
         return jnp.where(jnp.isfinite(value), value, -jnp.inf)
+
+    if start is None:
+        z = jax.scipy.special.ndtri(jnp.clip(_sobol(size, 64), 1e-3, 1 - 1e-3)).at[0].set(0.0)
+        scale = jnp.sqrt(jnp.diagonal(prior_covariance))
+        points = prior_mean + scale * jnp.asarray(z)
+        scouted = jax.lax.map(
+            lambda e: objective(jnp.broadcast_to(e, (subjects, size))), points, batch_size=16
+        )
+        start = points[jnp.argmax(scouted, axis=0)]
 
     def newton(eta):
         """Gradient, and the eigendecomposition of minus the Hessian made positive."""

@@ -89,8 +89,9 @@ def _replicates(joint: Joint, points: int, replicates: int, key, theta, weights,
         lambda eta: joint.terms(values, weights, eta, study)[0],
         mean,
         covariance,
-        jnp.broadcast_to(mean, (study.subjects.size, mean.shape[0])),
+        None,
         20,
+        study.subjects.size,
     )
     broad = population_law(joint, theta, weights, study)
 

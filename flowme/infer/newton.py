@@ -79,11 +79,10 @@ class Newton(NamedTuple):
     use_priors: bool
 
     def start(self, key, theta, weights, study) -> NewtonState:
-        """The state at θ, the modes found from η = 0 by twenty Newton steps."""
-        zero = jnp.zeros((study.subjects.size, self.joint.effect_size))
-        conditional = self.locate(theta, weights, study, zero, 20)
-        one = jnp.ones(())
-        empty = NewtonState(theta, conditional, zero[:, 0], 0 * one, one, one, one > 0)
+        """The state at θ, the modes found by twenty Newton steps."""
+        conditional = self.locate(theta, weights, study, None, 20)
+        zero, one = jnp.zeros(study.subjects.size), jnp.ones(())
+        empty = NewtonState(theta, conditional, zero, 0 * one, one, one, one > 0)
         values, total = self._objective(key, theta, conditional, weights, study)
         return empty._replace(log_likelihood=values, objective=total)
 
@@ -97,6 +96,7 @@ class Newton(NamedTuple):
             covariance,
             start,
             steps,
+            study.subjects.size,
         )
 
     def step(self, key, state: NewtonState, weights, study) -> NewtonState:
