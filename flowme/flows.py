@@ -144,8 +144,8 @@ class SplineCoupling(Flow):
     layers: int = 2
     width: int = 8
     depth: int = 1
-    bins: int = 6
-    bound: float = 3.5
+    bins: int = 4
+    bound: float = 3.0
 
     def __post_init__(self):
         _check_counts(self, "layers", "width", "depth", "bins")
@@ -205,8 +205,8 @@ class MonotoneSpline(Flow):
         bound: half width of its range, in standard deviations of the base.
     """
 
-    bins: int = 6
-    bound: float = 3.5
+    bins: int = 4
+    bound: float = 3.0
 
     def __post_init__(self):
         _check_counts(self, "bins")

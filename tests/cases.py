@@ -14,10 +14,10 @@ from flowme.effects import (
 
 FLOWS = {
     "spline coupling, 2d": (flows.SplineCoupling(), 2),
-    "spline coupling, 3d": (flows.SplineCoupling(layers=3, width=5, bins=4), 3),
+    "spline coupling, 3d": (flows.SplineCoupling(layers=3, width=5, bins=6), 3),
     "deep conditioner, 5d": (flows.SplineCoupling(layers=2, depth=2), 5),
     "monotone spline, 1d": (flows.MonotoneSpline(), 1),
-    "monotone spline, 3d": (flows.MonotoneSpline(bins=4), 3),
+    "monotone spline, 3d": (flows.MonotoneSpline(bins=5), 3),
 }
 
 

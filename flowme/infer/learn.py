@@ -10,8 +10,9 @@ One update:
 3. one damped Newton step on the marginal likelihood for everything else (residual error, ...).
 
 The unrestricted maximum is a discrete distribution, so the density is held back in two ways. A
-group penalty Σ_g λ_g √|g| ‖w_g‖ (Yuan & Lin 2006) leaves a coordinate Gaussian, or independent of
-another, unless the data pay for it. And held-out subjects choose both how strongly dependence is
+group penalty (Yuan & Lin 2006) leaves a coordinate Gaussian, or independent of the others, unless the
+data pay for it: √|g| times λ ‖w_g‖ for dependence and μ s log(1 + ‖w_g‖/s), s = .3, for marginal
+shape, the latter because it lets go of a shape once there is one. And held-out subjects choose both how strongly dependence is
 penalised and the number of updates: `side_by_side` runs all folds and penalties at once.
 """
 
@@ -58,7 +59,7 @@ class Learn(NamedTuple):
         count: importance nodes per subject.
         draws: draws per subject in the M-step.
         inner: optimiser steps per update.
-        penalty: λ_g of the groups that shape a marginal.
+        penalty: μ, of the groups that shape a marginal.
         use_priors: maximise log p(y; θ) + log p(θ).
     """
 
@@ -84,7 +85,7 @@ class Learn(NamedTuple):
             key: random key; is consumed.
             state: where it starts.
             mask: the subjects it learns from, `[subject]` (1 or 0).
-            dependence: λ_g of the groups of dependence.
+            dependence: λ, the penalty of the groups of dependence.
             study: the study.
         """
         key_nodes, key_draws = jax.random.split(key)
@@ -140,15 +141,16 @@ class Learn(NamedTuple):
         return carry
 
     def _group_penalty(self, weights, dependence):
-        """Σ_g λ_g √|g| ‖w_g‖, rounded off at 0 so that it has a gradient there."""
+        """The group penalty; norms are rounded off at 0 so that they have a gradient there."""
         total = 0.0
         for site, values in weights.items():
             law = self.joint.roles.laws[site.removesuffix("_weights")]
             group, depends = law.flow.groups(len(law.names))
             member = group == np.arange(len(depends))[:, None]
             norm = jnp.sqrt(jnp.asarray(member, values.dtype) @ values**2 + 1e-4)
-            strength = jnp.where(depends, dependence, self.penalty)
-            total += jnp.sum(strength * np.sqrt(member.sum(1)) * norm)
+            marginal = self.penalty * 0.3 * jnp.log1p(norm / 0.3)
+            price = jnp.where(depends, dependence * norm, marginal)
+            total += jnp.sum(np.sqrt(member.sum(1)) * price)
         return total
 
     def _absorb(self, state, parameters):
