@@ -34,7 +34,9 @@ def senescence(effect):
         phi = fm.population("phi", dist.Normal(15.0, 5.0), unit="d", label="half withered")
         psi = fm.population("psi", dist.LogNormal(0.7, 0.5), unit="d", label="pace")
         eta = fm.random_effect("eta", effect, study.subjects)
-        variety = fm.individual(study.subjects, phi=phi + eta.phi, psi=psi * jnp.exp(eta.psi))
+        variety = fm.individual(
+            study.subjects, name="variety", phi=phi + eta.phi, psi=psi * jnp.exp(eta.psi)
+        )
         progress = (study.time - variety.phi[:, None]) / variety.psi[:, None]
         fm.observe("withered", dist.Binomial(12, logits=progress), study)
 
@@ -92,7 +94,9 @@ def main(folder: Path) -> None:
         print(f"  {name:8s} -2LL {-2 * held_out.total:9.1f} ± {2 * held_out.total_se:.1f}")
     save("senescence", fits, folder)
     compare("senescence", fits, folder)
-    figure(fm.plots.random_effects(fits["flow"], against=fits["Gaussian"]), "senescence_law", folder)
+    figure(
+        fm.plots.random_effects(fits["flow"], against=fits["Gaussian"]), "senescence_law", folder
+    )
     figure(fm.plots.vpc(fits["flow"], key=jax.random.key(2)), "senescence_vpc", folder)
     figure(fm.plots.individual_fits(fits["flow"]), "senescence_fits", folder)
     figure(fm.plots.convergence(fits["flow"]), "senescence_convergence", folder)

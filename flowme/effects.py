@@ -207,7 +207,9 @@ class StudentTRandomEffect(_Scaled):
     def log_prob(self, value):
         size, df = len(self.names), self.df
         distance = jnp.sum(self._whiten(value) ** 2, -1)
-        constant = gammaln(0.5 * (df + size)) - gammaln(0.5 * df) - 0.5 * size * jnp.log(df * jnp.pi)
+        constant = (
+            gammaln(0.5 * (df + size)) - gammaln(0.5 * df) - 0.5 * size * jnp.log(df * jnp.pi)
+        )
         return constant - 0.5 * (df + size) * jnp.log1p(distance / df) - self._log_det()
 
     @property

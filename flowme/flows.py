@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 _LAST = "last"  # the name of the layer that gives the splines' parameters
 
 
@@ -41,9 +40,7 @@ class Flow(abc.ABC):
 
     def _shapes(self, dim: int) -> Any:
         keys = jax.eval_shape(lambda: jax.random.key(0))
-        return [
-            jax.eval_shape(module.init, keys, example) for module, example in self._layers(dim)
-        ]
+        return [jax.eval_shape(module.init, keys, example) for module, example in self._layers(dim)]
 
     def size(self, dim: int) -> int:
         """Number of weights for `dim` dimensions."""

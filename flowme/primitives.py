@@ -145,7 +145,7 @@ def individual(subjects: Subjects, *, name: str = "psi", **parameters: ArrayLike
 
     Args:
         subjects: `study.subjects`.
-        name: name of the site that records them, `[subject, parameter]`.
+        name: name of the site that records them, `[subject, parameter]`; not that of another.
         **parameters: each a number (the same for all) or an array `[subject]`.
 
     Returns:
@@ -153,6 +153,12 @@ def individual(subjects: Subjects, *, name: str = "psi", **parameters: ArrayLike
     """
     if not parameters:
         raise ValueError("expected at least one individual parameter, such as V=V * exp(eta.V).")
+    if name in parameters:
+        raise ValueError(
+            f"expected a site name other than those of the parameters, {list(parameters)}; got "
+            f"{name!r}, which is probably a population parameter too. Give another one, such as "
+            "name='individual'."
+        )
     arrays = {}
     for key, value in parameters.items():
         if jnp.shape(value) not in ((), (subjects.size,)):

@@ -179,19 +179,25 @@ def _effects(point: Estimate) -> pd.DataFrame:
 
 def _fit_footer(fit: Fit) -> tuple[str, ...]:
     method = "maximum a posteriori" if fit.use_priors else "maximum likelihood"
+    criteria = f", AIC {fit.aic:.2f}, BIC {fit.bic:.2f}"
     lines = [
-        f"-2 log-likelihood {fit.minus_two_ll:.2f} (Monte-Carlo SE {fit.minus_two_ll_se:.2f}), "
-        f"AIC {fit.aic:.2f}, BIC {fit.bic:.2f}",
-        f"{_size(fit.study)}; {fit.parameter_count} estimated parameters",
+        f"-2 log-likelihood {fit.minus_two_ll:.2f} (Monte-Carlo SE {fit.minus_two_ll_se:.2f})"
+        + ("" if fit.weights else criteria),  # a penalised weight is less than a parameter
+        f"{_size(fit.study)}; {fit.joint.size} estimated parameters"
+        + (f" and {fit.parameter_count - fit.joint.size} flow weights" if fit.weights else ""),
         f"Estimated by {method}: {'converged' if fit.converged else 'NOT CONVERGED'}.",
     ]
     if fit.selection is not None:
-        gain = np.convolve(np.pad(fit.selection, 2, mode="edge"), np.ones(5) / 5, mode="valid")
-        best = int(np.argmax(gain))
+        near = slice(max(0, fit.selected - 2), fit.selected + 3)
         lines.append(
-            "Subjects held out: the learned distribution changes -2 log-likelihood by "
-            f"{-2 * gain[best]:+.1f} against the Gaussian (best after {best} updates)."
+            "Subjects held out ask for no more than the Gaussian, which was kept."
+            if fit.selected == 0
+            else "Subjects held out: the learned distribution changes -2 log-likelihood by "
+            f"{-2 * fit.selection[near].mean():+.1f} against the Gaussian "
+            f"(learning stopped after {fit.selected} updates)."
         )
+    if fit.weights and fit.covariance() is not None:
+        lines.append("Standard errors hold the flow's weights fixed.")
     if fit.covariance() is None:
         lines.append("No standard errors: the information matrix is not positive definite.")
     return (*lines, *fit.messages)

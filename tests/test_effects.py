@@ -55,7 +55,9 @@ def test_passes_jit_vmap_and_scan(effect):
     np.testing.assert_allclose(
         jax.vmap(lambda e: e.log_prob(eta))(pair), [expected, expected], atol=1e-10
     )
-    _, scanned = jax.lax.scan(lambda e, x: (e, e.log_prob(x)), jax.tree.map(jnp.asarray, effect), eta)
+    _, scanned = jax.lax.scan(
+        lambda e, x: (e, e.log_prob(x)), jax.tree.map(jnp.asarray, effect), eta
+    )
     np.testing.assert_allclose(scanned, expected, atol=1e-10)
 
 
@@ -111,7 +113,9 @@ def test_base_and_back(effect):
     if not hasattr(effect, "from_base"):
         pytest.skip("not a transformed normal")
     z = jax.random.normal(jax.random.key(0), (100, len(effect.names)))
-    np.testing.assert_allclose(jax.jit(lambda e, z: e.to_base(e.from_base(z)))(effect, z), z, atol=1e-8)
+    np.testing.assert_allclose(
+        jax.jit(lambda e, z: e.to_base(e.from_base(z)))(effect, z), z, atol=1e-8
+    )
 
 
 def test_flow_starts_exactly_at_the_gaussian():
@@ -182,7 +186,9 @@ def test_parameters_have_priors_that_fit(effect):
 def test_start_from_a_gaussian_fit(law: RandomEffect):
     """Started laws have the moments of the Gaussian fit; a mixture finds the two clusters."""
     rng = np.random.default_rng(0)
-    eta = np.concatenate([rng.normal([-1, 0.2], 0.2, (400, 2)), rng.normal([1, -0.2], 0.2, (400, 2))])
+    eta = np.concatenate(
+        [rng.normal([-1, 0.2], 0.2, (400, 2)), rng.normal([1, -0.2], 0.2, (400, 2))]
+    )
     covariance = np.cov(eta.T)
     started = law.with_parameters(**law.start(jax.random.key(0), covariance, eta))
     diagonal = not getattr(law, "full", False)

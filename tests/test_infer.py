@@ -70,7 +70,10 @@ def test_line_standard_errors(line_fit):
     hessian = np.array(
         [
             [
-                exact(theta + a + b) - exact(theta + a - b) - exact(theta - a + b) + exact(theta - a - b)
+                exact(theta + a + b)
+                - exact(theta + a - b)
+                - exact(theta - a + b)
+                + exact(theta - a - b)
                 for b in eye
             ]
             for a in eye
@@ -90,7 +93,11 @@ def test_line_nuts_finds_the_conditional_means():
 
     def model(study):
         eta = fm.random_effect("eta", law, study.subjects, names=["level", "slope"])
-        f = values["level"] + eta.level[:, None] + (values["slope"] + eta.slope[:, None]) * study.time
+        f = (
+            values["level"]
+            + eta.level[:, None]
+            + (values["slope"] + eta.slope[:, None]) * study.time
+        )
         fm.observe("y", fm.residual.constant(f, values["a"]), study)
 
     mcmc = fm.nuts(model, study, jax.random.key(0), num_warmup=500, num_samples=1000,
@@ -149,9 +156,7 @@ def test_theophylline_reference(error):
 def test_order_and_padding_of_subjects_change_nothing(line_fit):
     study = line_fit.study
     order = np.random.default_rng(0).permutation(study.subjects.size)
-    fit = fm.VariationalEM(line_model()).run(
-        jax.random.key(0), study.subset(order), progress=False
-    )
+    fit = fm.VariationalEM(line_model()).run(jax.random.key(0), study.subset(order), progress=False)
     np.testing.assert_allclose(fit.history[-1], line_fit.history[-1], atol=1e-8)
     np.testing.assert_allclose(fit.conditional.mean, line_fit.conditional.mean[order], atol=1e-6)
 
@@ -199,7 +204,9 @@ def test_map_differs_from_maximum_likelihood_as_the_prior_says():
         fm.observe("y", fm.residual.constant(f, 2.0), study)
 
     ml = fm.VariationalEM(model).run(jax.random.key(0), study, progress=False)
-    posterior = fm.VariationalEM(model, use_priors=True).run(jax.random.key(0), study, progress=False)
+    posterior = fm.VariationalEM(model, use_priors=True).run(
+        jax.random.key(0), study, progress=False
+    )
     assert float(ml.params["level"]) < 2
     assert 7 < float(posterior.params["level"]) < 8
 
@@ -286,7 +293,9 @@ def test_other_laws_contain_the_gaussian(line_fit, law):
         "t": fm.StudentTRandomEffect(names, full=True),
         "mixture": fm.MixtureRandomEffect(names, full=True),
     }[law]
-    fit = fm.VariationalEM(line_model(effect)).run(jax.random.key(0), line_fit.study, progress=False)
+    fit = fm.VariationalEM(line_model(effect)).run(
+        jax.random.key(0), line_fit.study, progress=False
+    )
     slack = 3 * np.hypot(fit.minus_two_ll_se, line_fit.minus_two_ll_se)
     assert fit.minus_two_ll < line_fit.minus_two_ll + 0.5 + slack
 

@@ -200,9 +200,7 @@ def importance(
     points = (jnp.asarray(_sobol(size, near))[:, None] + shift) % 1.0
     tiny = jnp.finfo(points.dtype).eps
     z = jax.scipy.special.ndtri(jnp.clip(points, tiny, 1 - tiny))
-    eta = jnp.concatenate(
-        [mean + jnp.einsum("sde,kse->ksd", tril, z), broad.draw(key_wide, wide)]
-    )
+    eta = jnp.concatenate([mean + jnp.einsum("sde,kse->ksd", tril, z), broad.draw(key_wide, wide)])
     log_wide = broad.log_density(eta)
     whitened = jnp.linalg.solve(tril, jnp.moveaxis(eta - mean, 0, -1))  # [subject, effect, node]
     log_near = -0.5 * jnp.sum(whitened**2 + math.log(2 * math.pi), 1).T - _log_det(tril)

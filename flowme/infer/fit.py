@@ -35,7 +35,8 @@ class Fit:
         messages: what the user should know: failed subjects, degenerate parameters, why stopped.
         use_priors: MAP instead of maximum likelihood.
         selection: for flows, the held-out log-likelihood after each number of updates, relative
-            to none (the Gaussian).
+            to none (the Gaussian), under the penalty that was chosen.
+        selected: for flows, the number of updates chosen; 0: the Gaussian was kept.
     """
 
     joint: Joint
@@ -51,6 +52,7 @@ class Fit:
     messages: tuple[str, ...] = ()
     use_priors: bool = False
     selection: np.ndarray | None = None
+    selected: int | None = None
 
     @property
     def params(self) -> dict[str, jax.Array]:
@@ -121,6 +123,7 @@ def save(fit: Fit, path: str | Path) -> Path:
         "converged": fit.converged,
         "messages": list(fit.messages),
         "use_priors": fit.use_priors,
+        "selected": fit.selected,
     }
     arrays: dict[str, Any] = {f"weights:{name}": w for name, w in fit.weights.items()}
     for field in ("theta", "log_likelihood", "log_likelihood_se", "history"):
@@ -154,9 +157,7 @@ def load(path: str | Path, model: Callable, study: Study) -> Fit:
                 f"expected a model and a study with the {what} of {Path(path).name}, "
                 f"{_short(header[what])}; got {_short(value)}."
             )
-    weights = {
-        name: jnp.asarray(arrays[f"weights:{name}"]) for name in joint.roles.weights
-    }
+    weights = {name: jnp.asarray(arrays[f"weights:{name}"]) for name in joint.roles.weights}
     conditional = Conditional(jnp.asarray(arrays["mean"]), jnp.asarray(arrays["scale_tril"]))
     return Fit(
         joint=joint,
@@ -172,6 +173,7 @@ def load(path: str | Path, model: Callable, study: Study) -> Fit:
         messages=tuple(header["messages"]),
         use_priors=header["use_priors"],
         selection=arrays.get("selection"),
+        selected=header["selected"],
     )
 
 

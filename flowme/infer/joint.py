@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
 

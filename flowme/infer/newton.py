@@ -213,7 +213,9 @@ def references(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -
     up, down = 0.3 * np.eye(p), -0.3 * np.eye(d)[:, None]
     # Per place: as it is, each θ_a up, and each with each η_j down.
     thetas = [np.concatenate([t[None], t + up, np.repeat(t + up, d, axis=0)]) for t in theta]
-    etas = [np.concatenate([np.repeat(e[None], 1 + p, 0), np.tile(e + down, (p, 1, 1))]) for e in eta]
+    etas = [
+        np.concatenate([np.repeat(e[None], 1 + p, 0), np.tile(e + down, (p, 1, 1))]) for e in eta
+    ]
 
     def value(theta, eta, study):
         return joint.terms(joint.constrain(theta), weights, eta, study)[0]

@@ -246,7 +246,7 @@ class VariationalEM:
         climbed = path.log_likelihood[: update + 1, plan.everyone[candidate]].sum(1)
         return _Course(
             joint, theta, weights, conditional, [*first.history, *climbed], converged, why,
-            Newton(joint, learn.references, 0, self.points, self.use_priors), selection,
+            Newton(joint, learn.references, 0, self.points, self.use_priors), selection, update,
         )  # fmt: skip
 
     # The end.
@@ -272,6 +272,7 @@ class VariationalEM:
             messages=tuple(messages),
             use_priors=self.use_priors,
             selection=course.selection,
+            selected=course.selected,
         )
 
     def _information(self, key, course: _Course, study: Study) -> np.ndarray:
@@ -308,6 +309,7 @@ class _Course(NamedTuple):
     why: str
     newton: Newton
     selection: np.ndarray | None = None
+    selected: int | None = None
 
 
 def _is_gaussian(law: dist.Distribution) -> bool:
@@ -335,9 +337,7 @@ def _start(key, joint: Joint, laws, first: _Course, init):
     weights = start_weights(joint)
     keys = jax.random.split(key, len(laws) + 1)
     noise = jax.random.normal(keys[0], (8, *first.conditional.mean.shape))
-    draws = first.conditional.mean + jnp.einsum(
-        "sde,kse->ksd", first.conditional.scale_tril, noise
-    )
+    draws = first.conditional.mean + jnp.einsum("sde,kse->ksd", first.conditional.scale_tril, noise)
     gaussian = first.joint.constrain(first.theta)
     for k, (name, law) in zip(keys[1:], laws.items(), strict=True):
         eta = np.asarray(first.joint.split(draws.reshape(-1, draws.shape[-1]))[name])
