@@ -66,7 +66,7 @@ def theophylline():
         for seed in SEEDS:
             start = {"ka": 1.0, "V": 20.0, "CL": 0.5}
             fit, seconds = timed(
-                lambda: vem.run(jax.random.key(seed), study, init=start, progress=False)  # noqa: B023
+                lambda: vem.run(jax.random.key(seed), study, init=start, progress=False)
             )
             found = [float(fit.params[k]) for k in (*NAMES, *parameters)]
             found += list(np.asarray(fit.params["eta_omega"]) ** 2)
@@ -166,10 +166,10 @@ def senescence():
             "flow": fm.FlowRandomEffect(names),
         }.items():
             fit, seconds = timed(
-                lambda: fm.VariationalEM(counts(effect)).run(  # noqa: B023
+                lambda: fm.VariationalEM(counts(effect)).run(
                     jax.random.key(seed),
                     study,
-                    progress=False,  # noqa: B023
+                    progress=False,
                 )
             )
             row[title] = -2 * fm.marginal_log_likelihood(jax.random.key(0), fit, new).total
@@ -184,7 +184,7 @@ def nuts():
     fit = fm.VariationalEM(model).run(jax.random.key(0), study, progress=False)
     for seed in SEEDS:
         mcmc, seconds = timed(
-            lambda: fm.nuts(model, study, jax.random.key(seed), fit=fit, progress=False)  # noqa: B023
+            lambda: fm.nuts(model, study, jax.random.key(seed), fit=fit, progress=False)
         )
         draws = mcmc.get_samples(group_by_chain=True)
         about = numpyro.diagnostics.summary(

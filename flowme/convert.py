@@ -264,7 +264,7 @@ def _log_likelihood(key: jax.Array, drawn: _Drawn) -> dict[str, tuple]:
 def _marginal(newton: Newton, key, theta0, thetas, weights, conditional, study):
     """log p(y_i; θ) at each θ, `[draw, subject]`."""
     broad = population_law(newton.joint, theta0, weights, study)
-    nodes, _ = importance(key, conditional, broad, newton.count)
+    nodes, _ = importance(key, conditional, broad, newton.points)
     return jax.lax.map(newton.marginal(theta0, nodes, weights, study), thetas)
 
 

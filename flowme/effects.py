@@ -83,8 +83,8 @@ class RandomEffect(dist.Distribution):
 class _Scaled(RandomEffect):
     """What distributions with one scale matrix share: L = diag(ω) · Cholesky(correlation)."""
 
-    pytree_data_fields = ("omega", "corr_cholesky", "omega_prior")
-    pytree_aux_fields = ("full",)
+    pytree_data_fields: tuple[str, ...] = ("omega", "corr_cholesky", "omega_prior")
+    pytree_aux_fields: tuple[str, ...] = ("full",)
 
     def __init__(self, names, *, full, omega, omega_prior):
         names = _check_names(names)
@@ -174,7 +174,7 @@ class StudentTRandomEffect(_Scaled):
         df: starting degrees of freedom ν. Its law is 2 + Gamma(2, 0.1), so the variance exists.
     """
 
-    pytree_data_fields = ("df",)
+    pytree_data_fields: tuple[str, ...] = ("df",)
 
     def __init__(
         self,
@@ -350,8 +350,8 @@ class FlowRandomEffect(_Scaled):
             the distribution towards the Gaussian, when the weights are sampled.
     """
 
-    pytree_data_fields = ("weights", "weights_scale")
-    pytree_aux_fields = ("flow", "centred")
+    pytree_data_fields: tuple[str, ...] = ("weights", "weights_scale")
+    pytree_aux_fields: tuple[str, ...] = ("flow", "centred")
     network = True
 
     def __init__(
@@ -370,7 +370,7 @@ class FlowRandomEffect(_Scaled):
         if not isinstance(flow, Flow):
             raise TypeError(f"expected a flowme.flows.Flow; got {flow!r}.")
         self.flow, self.centred = flow, bool(centred)
-        self.weights = _first_weights(flow, len(names), bool(jax.config.jax_enable_x64))
+        self.weights = _first_weights(flow, len(names), jnp.zeros(()).dtype)
         self.weights_scale = _positive("weights_scale", weights_scale, ())
         super().__init__(names, full=True, omega=omega, omega_prior=omega_prior)
 
@@ -450,7 +450,8 @@ def _corr_cholesky(covariance: np.ndarray) -> np.ndarray:
 def _check_names(names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str) or not all(isinstance(n, str) and n.isidentifier() for n in names):
         raise TypeError(
-            f"expected a list of effect names such as ['ka', 'V'], each a Python name; got {names!r}."
+            f"expected a list of effect names such as ['ka', 'V'], each a Python name; got "
+            f"{names!r}."
         )
     if not names or len(set(names)) != len(names):
         raise ValueError(f"expected one or more different effect names; got {list(names)}.")
@@ -469,8 +470,8 @@ def _positive(what: str, value: ArrayLike, shape: tuple[int, ...]) -> Any:
 
 
 @cache
-def _first_weights(flow: Flow, size: int, double: bool) -> np.ndarray:
+def _first_weights(flow: Flow, size: int, dtype: Any) -> np.ndarray:
     # A constant of the program: a model builds its random effect anew each time it is traced.
-    del double
+    del dtype  # only part of the key: double precision may be turned on later
     with jax.ensure_compile_time_eval():
         return np.asarray(flow.init(jax.random.key(0), size))

@@ -65,7 +65,8 @@ class Flow(abc.ABC):
             The group of every weight `[weight]`, -1 for weights of hidden layers; and for every
             group whether it is one of dependence (True) or of a marginal shape (False), `[group]`.
         """
-        number, kinds = [], []
+        number: list[np.ndarray] = []
+        kinds: list[bool] = []
         for path, leaf in jax.tree_util.tree_leaves_with_path(self._shapes(dim)):
             name = jax.tree_util.keystr(path)
             if _LAST not in name:

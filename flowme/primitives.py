@@ -201,7 +201,8 @@ def observe(name: str, law: dist.Distribution, study: Study) -> jax.Array:
         raise ValueError(
             f"expected a law of batch shape [subject, time] = {list(jnp.shape(mask))} for outcome "
             f"{name!r}; got batch shape {list(law.batch_shape)} and event shape "
-            f"{list(law.event_shape)}. A prediction per time needs [:, None] on what is per subject."
+            f"{list(law.event_shape)}. A prediction per time needs [:, None] on what is "
+            "per subject."
         )
     values = study.values.get(name)
     if values is not None:

@@ -187,7 +187,7 @@ def _fit_footer(fit: Fit) -> tuple[str, ...]:
         + (f" and {fit.parameter_count - fit.joint.size} flow weights" if fit.weights else ""),
         f"Estimated by {method}: {'converged' if fit.converged else 'NOT CONVERGED'}.",
     ]
-    if fit.selection is not None:
+    if fit.selection is not None and fit.selected is not None:
         near = slice(max(0, fit.selected - 2), fit.selected + 3)
         lines.append(
             "Subjects held out ask for no more than the Gaussian, which was kept."

@@ -124,7 +124,7 @@ def gauss_hermite(size: int, order: int) -> tuple[np.ndarray, np.ndarray]:
     x, w = np.polynomial.hermite_e.hermegauss(order)
     log_w = np.log(w) + 0.5 * x**2
     grid = np.stack(np.meshgrid(*[x] * size, indexing="ij"), -1).reshape(-1, size)
-    log_grid = sum(np.meshgrid(*[log_w] * size, indexing="ij")).reshape(-1)
+    log_grid = np.sum(np.meshgrid(*[log_w] * size, indexing="ij"), axis=0).reshape(-1)
     return grid, log_grid
 
 

@@ -10,10 +10,10 @@ One update:
 3. one damped Newton step on the marginal likelihood for everything else (residual error, ...).
 
 The unrestricted maximum is a discrete distribution, so the density is held back in two ways. A
-group penalty (Yuan & Lin 2006) leaves a coordinate Gaussian, or independent of the others, unless the
-data pay for it: √|g| times λ ‖w_g‖ for dependence and μ s log(1 + ‖w_g‖/s), s = .3, for marginal
-shape, the latter because it lets go of a shape once there is one. And held-out subjects choose both how strongly dependence is
-penalised and the number of updates: `side_by_side` runs all folds and penalties at once.
+group penalty (Yuan & Lin 2006) leaves a coordinate Gaussian, or independent of the others, unless
+the data pay for it: √|g| times λ ‖w_g‖ for dependence and μ s log(1 + ‖w_g‖/s), s = .3, for
+marginal shape, the latter because it lets go of a shape once there is one. And held-out subjects
+choose both λ and the number of updates: `side_by_side` runs all folds and penalties at once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Learn(NamedTuple):
         joint: the model.
         references: which population parameters can take over a shift of an effect.
         optimizer: an optax optimiser of the density's parameters.
-        count: importance nodes per subject.
+        points: importance nodes per subject.
         draws: draws per subject in the M-step.
         inner: optimiser steps per update.
         penalty: μ, of the groups that shape a marginal.
@@ -66,7 +66,7 @@ class Learn(NamedTuple):
     joint: Joint
     references: References
     optimizer: optax.GradientTransformation
-    count: int
+    points: int
     draws: int
     inner: int
     penalty: float
@@ -90,7 +90,7 @@ class Learn(NamedTuple):
         """
         key_nodes, key_draws = jax.random.split(key)
         broad = population_law(self.joint, state.theta, state.weights, study)
-        nodes, effect = importance(key_nodes, state.conditional, broad, self.count)
+        nodes, effect = importance(key_nodes, state.conditional, broad, self.points)
         likelihood = likelihood_at(self.joint, state.theta, state.weights, nodes, study)
         log_likelihood = log_mean(likelihood, effect, nodes.log_weight)
         log_posterior = likelihood + effect + nodes.log_weight
@@ -204,18 +204,18 @@ class Block(NamedTuple):
     weights: Weights  # and their weights, [update, kept, weight]
 
 
-def side_by_side(learn: Learn, key, states, masks, dependence, kept, study, updates: int):
+def side_by_side(learn: Learn, updates: int, key, states, masks, dependence, kept, study):
     """Updates of several states at once, all with the same random numbers.
 
     Args:
         learn: the iteration.
+        updates: how many.
         key: random key; is consumed.
         states: `[state, ...]`.
         masks: the subjects that each learns from, `[state, subject]`.
         dependence: the penalty of each, `[state]`.
         kept: numbers of the states whose path is returned.
         study: the study.
-        updates: how many.
 
     Returns:
         The states after the updates, and the `Block` they went through.

@@ -62,20 +62,20 @@ class NewtonState(NamedTuple):
 
 
 class Newton(NamedTuple):
-    """The iteration for one model. `order` nodes per effect, or `count` points where not Gaussian.
+    """The iteration for one model. `order` nodes per effect, or `points` where not Gaussian.
 
     Attributes:
         joint: the model.
         references: what `references` found.
         order: Gauss-Hermite nodes per effect; 0 for importance sampling.
-        count: points per subject of importance sampling.
+        points: per subject, of importance sampling.
         use_priors: maximise log p(y; θ) + log p(θ).
     """
 
     joint: Joint
     references: References
     order: int
-    count: int
+    points: int
     use_priors: bool
 
     def start(self, key, theta, weights, study) -> NewtonState:
@@ -169,7 +169,7 @@ class Newton(NamedTuple):
             return jax.lax.stop_gradient(quadrature(conditional, self.order))
         mean, covariance = self._moments(theta, weights, study)
         broad = gaussian_law(mean, covariance, study.subjects.size)
-        return jax.lax.stop_gradient(importance(key, conditional, broad, self.count)[0])
+        return jax.lax.stop_gradient(importance(key, conditional, broad, self.points)[0])
 
 
 def trust_region(gradient, hessian, radius):
@@ -208,11 +208,11 @@ def references(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -
     some = study.subset(range(min(8, study.subjects.size)))
     d, p = joint.effect_size, joint.size
     keys = jax.random.split(jax.random.key(0), 2)
-    theta = np.asarray(theta + 0.1 * jax.random.normal(keys[0], (2, p)))
+    places = np.asarray(theta + 0.1 * jax.random.normal(keys[0], (2, p)))
     eta = np.asarray(0.2 * jax.random.normal(keys[1], (2, some.subjects.size, d)))
     up, down = 0.3 * np.eye(p), -0.3 * np.eye(d)[:, None]
     # Per place: as it is, each θ_a up, and each with each η_j down.
-    thetas = [np.concatenate([t[None], t + up, np.repeat(t + up, d, axis=0)]) for t in theta]
+    thetas = [np.concatenate([t[None], t + up, np.repeat(t + up, d, axis=0)]) for t in places]
     etas = [
         np.concatenate([np.repeat(e[None], 1 + p, 0), np.tile(e + down, (p, 1, 1))]) for e in eta
     ]
@@ -231,7 +231,7 @@ def references(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -
         return np.all(close & np.isfinite(b), axis=(0, -1))
 
     found = same(both, base[:, None, None]) & ~same(alone, base[:, None])[:, None]
-    pairs = []
+    pairs: list[tuple[int, str, int]] = []
     for site, where in joint.slices.items():
         partners = [np.flatnonzero(row) for row in found[where]]
         taken = {effect for effect, *_ in pairs}

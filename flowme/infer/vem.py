@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -217,7 +218,7 @@ class VariationalEM:
         states = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(plan.masks), *x.shape)), start)
         program = self._program(
             (learn, "side by side", len(plan.masks)),
-            lambda: lambda *arguments: side_by_side(learn, *arguments, updates=_BLOCK),
+            lambda: partial(side_by_side, learn, _BLOCK),
         )
         blocks: list[Any] = []
         why, converged = "", first.converged
@@ -279,7 +280,7 @@ class VariationalEM:
         """Observed information of θ; with a flow, the outer product of the subjects' scores."""
         state = NewtonState(course.theta, course.conditional, *([jnp.zeros(())] * 5))
         if course.weights:  # second derivatives through the flow cost more than they tell
-            newton = course.newton._replace(count=64)
+            newton = course.newton._replace(points=64)
             scores = np.asarray(self._run(newton, "scores")(key, state, course.weights, study))
             return scores.T @ scores
         program = self._run(course.newton, "derivatives")
@@ -358,7 +359,7 @@ class _Plan(NamedTuple):
     """Which flows are learned side by side, and how held-out subjects choose among them."""
 
     folds: np.ndarray  # the fold that leaves out each subject, [subject]
-    count: int  # folds; 0 for none
+    fold_count: int  # folds; 0 for none
     masks: np.ndarray  # [state, subject]
     dependence: np.ndarray  # penalty of each state, [state]
     everyone: np.ndarray  # the state of each penalty that sees all subjects, [penalty]
@@ -381,26 +382,27 @@ class _Plan(NamedTuple):
 
     @property
     def title(self) -> str:
-        if not self.count:
+        if not self.fold_count:
             return "Flow"
-        return f"Flow, {self.count} folds, {len(self.everyone)} penalties"
+        return f"Flow, {self.fold_count} folds, {len(self.everyone)} penalties"
 
     def held_out(self, path: Block) -> np.ndarray:
         """log p(y_i) by the fold that does not see i, over that of the Gaussian,
         `[update, penalty, subject]`."""
-        values = path.log_likelihood.reshape(len(path.theta), -1, self.count + 1, len(self.folds))
-        values = np.take_along_axis(values, self.folds[None, None, None], axis=2)[:, :, 0]
-        return values - values[:1]
+        shape = (len(path.theta), -1, self.fold_count + 1, len(self.folds))
+        values = np.asarray(path.log_likelihood).reshape(shape)
+        found = np.take_along_axis(values, self.folds[None, None, None], axis=2)[:, :, 0]
+        return found - found[:1]
 
     def report(self, path: Block) -> str:
-        if not self.count:
+        if not self.fold_count:
             return f"-2LL {-2 * path.log_likelihood[-1, -1].sum():.1f}"
         gain = self._smooth(path)
         return f"held-out -2LL {-2 * gain.max():+.1f} against the Gaussian"
 
     def past_the_best(self, path: Block) -> bool:
         """Whether no penalty has improved its held-out likelihood for a while."""
-        if not self.count:
+        if not self.fold_count:
             return False
         gain = self._smooth(path)
         return bool(np.all(np.argmax(gain, axis=0) < len(gain) - _PATIENCE))
@@ -408,14 +410,14 @@ class _Plan(NamedTuple):
     def choose(self, path: Block) -> tuple[int, int, np.ndarray | None]:
         """The update and penalty with the best held-out likelihood, and its curve; no update at
         all, the Gaussian, unless it is better by more than a standard error of the difference."""
-        if not self.count:
+        if not self.fold_count:
             return len(path.theta) - 1, 0, None
         smooth, gain = self._smooth(path), self.held_out(path)
-        update, penalty = np.unravel_index(np.argmax(smooth), smooth.shape)
+        update, penalty = map(int, np.unravel_index(np.argmax(smooth), smooth.shape))
         error = np.sqrt(gain.shape[2]) * gain[update, penalty].std(ddof=1)
         if smooth[update, penalty] <= error:
             update = 0
-        return int(update), int(penalty), gain[:, penalty].sum(1)
+        return update, penalty, gain[:, penalty].sum(1)
 
     def _smooth(self, path: Block) -> np.ndarray:
         """Total gain `[update, penalty]`, a running mean of five: each update draws fresh nodes,
@@ -432,7 +434,9 @@ def _failed(log_likelihood: np.ndarray, joint: Joint, course: _Course, study: St
     psi = joint.individual(course.theta, course.weights, course.conditional.mean, study)
     where = "; ".join(
         f"{name} = "
-        + ", ".join(f"{p} {v:.3g}" for p, v in zip(joint.roles.individual[name], x[bad[0]]))
+        + ", ".join(
+            f"{p} {v:.3g}" for p, v in zip(joint.roles.individual[name], x[bad[0]], strict=True)
+        )
         for name, x in psi.items()
     )
     names = ", ".join(str(study.subjects.ids[i]) for i in bad[:5])
