@@ -54,7 +54,8 @@ def roles(model: Callable, study: Study) -> Roles:
 
     Raises:
         ValueError: no random effect, a random effect that is not real-valued, no outcome, an
-            outcome that is not one law per subject, or observations outside their support.
+            outcome that is not one law per subject, observations outside their support, or a
+            `numpyro.param` that no estimation here would move.
     """
     with _Declared() as declared:
         sites = trace(seed(model, jax.random.key(0))).get_trace(study)
@@ -63,6 +64,11 @@ def roles(model: Callable, study: Study) -> Roles:
     for name, site in sites.items():
         about = _about(site)
         if site["type"] == "param":
+            if name.removesuffix("_weights") not in declared.laws:
+                raise ValueError(
+                    f"expected every numpyro.param to be the weights of a flow; got {name!r}. "
+                    f"Write fm.population({name!r}, ...) for a parameter to be estimated."
+                )
             found.weights[name] = np.asarray(site["value"])
         elif site["type"] == "deterministic" and about.get("role") == "individual":
             found.individual[name] = about["names"]
