@@ -28,7 +28,7 @@ _ORDER = {1: 15, 2: 9, 3: 5, 4: 4}
 
 _BLOCK = 5  # updates of a flow in one compiled call, between two moves of the progress bar
 _INNER = 10  # optimiser steps per update
-_DEPENDENCE = (1.0, 16.0)  # penalties on dependence between coordinates, chosen by held-out fit
+_DEPENDENCE = (8.0, 16.0)  # penalties on dependence between coordinates, chosen by held-out fit
 _PATIENCE = 15  # updates without a better held-out likelihood after which a flow is stopped
 
 
