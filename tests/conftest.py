@@ -8,6 +8,9 @@ import numpyro
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+# Many tests compile the same programs; what one has compiled the others read.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 numpyro.enable_validation(True)
 matplotlib.use("Agg")
 
