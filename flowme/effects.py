@@ -198,7 +198,7 @@ class StudentTRandomEffect(_Scaled):
 
     def start(self, key, covariance, eta):
         values = super().start(key, covariance, eta)
-        df = 10.0
+        df = float(self.df)
         return {**values, "omega": values["omega"] * np.sqrt((df - 2) / df), "df": df}
 
     def sample(self, key, sample_shape=()):
@@ -330,7 +330,7 @@ class FlowRandomEffect(_Scaled):
         u = T_w(z),  η = L R⁻¹ (u - c),  c = E u,  R Rᵀ = Cov u,  L = diag(ω) · Cholesky(R_η).
 
     Centred (the default): c and R are the moments of u, taken at fixed quasi-random points, so
-    that E η = 0 and Cov η = L Lᵀ up to the error of that quadrature (about 1e-3 of an ω). The
+    that E η = 0 and Cov η = L Lᵀ up to the error of that quadrature (about 1e-2 of an ω). The
     population parameters are then the means of their (transformed) individual parameters and ω,
     R_η mean what they mean for a Gaussian: without it a shift or a stretch of the flow could not
     be told from a change of them. With `centred=False`, c = 0 and R = I: the flow is free, and
@@ -426,15 +426,16 @@ class FlowRandomEffect(_Scaled):
         return (eta - eta.mean(0)).T @ (eta - eta.mean(0)) / eta.shape[0]
 
     def _quadrature(self):
-        return self.from_base(_normal_points(len(self.names)))
+        # Other and more points than those that standardise: these know what is left over.
+        return self.from_base(_normal_points(len(self.names), log2_count=12, seed=1))
 
 
-def _normal_points(size: int, log2_count: int = 8) -> np.ndarray:
+def _normal_points(size: int, log2_count: int = 8, seed: int = 0) -> np.ndarray:
     """Fixed quasi-random points of N(0, I), `[point, size]`, with mean 0 and covariance I exactly.
 
     Exactly, so that the identity flow is standardised to itself.
     """
-    sobol = qmc.Sobol(size, seed=0).random_base2(log2_count)
+    sobol = qmc.Sobol(size, seed=seed).random_base2(log2_count)
     z = norm.ppf(np.clip(sobol, 1e-12, 1 - 1e-12))
     z = np.concatenate([z, -z])
     return z @ np.linalg.inv(np.linalg.cholesky(z.T @ z / len(z))).T

@@ -217,18 +217,20 @@ def observe(name: str, law: dist.Distribution, study: Study) -> jax.Array:
 
 
 def _fill_unobserved(law, values, mask):
-    """Cells that do not count get the law and value of one that does (of the same subject).
+    """Cells that do not count get the law and value of one that does, of the same subject if any.
 
     They are masked all the same; but a prediction of 0 there, under a proportional error, would
     be an infinite log density whose masked gradient is NaN.
     """
-    count = mask.shape[1]
-    cell = jnp.where(mask, jnp.arange(count), jnp.argmax(mask, axis=1)[:, None])
+    size, count = mask.shape
+    own = count * jnp.arange(size)[:, None]
+    first = jnp.where(mask.any(1), own[:, 0] + jnp.argmax(mask, axis=1), jnp.argmax(mask))
+    cell = jnp.where(mask, own + jnp.arange(count), first[:, None])
 
     def fill(leaf):
         if jnp.ndim(leaf) < 2 or leaf.shape[-1] != count:
             return leaf
-        return jnp.take_along_axis(jnp.broadcast_to(leaf, mask.shape), cell, axis=1)
+        return jnp.broadcast_to(leaf, mask.shape).reshape(-1)[cell]
 
     return jax.tree.map(fill, law), fill(values)
 

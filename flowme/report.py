@@ -179,6 +179,8 @@ def _effects(point: Estimate) -> pd.DataFrame:
 
 def _fit_footer(fit: Fit) -> tuple[str, ...]:
     method = "maximum a posteriori" if fit.use_priors else "maximum likelihood"
+    if fit.weights:
+        method = f"penalised {method}, stopped on held-out subjects"
     criteria = f", AIC {fit.aic:.2f}, BIC {fit.bic:.2f}"
     lines = [
         f"-2 log-likelihood {fit.minus_two_ll:.2f} (Monte-Carlo SE {fit.minus_two_ll_se:.2f})"

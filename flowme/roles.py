@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import biject_to, constraints
+from numpyro.distributions.distribution import validation_enabled
 from numpyro.handlers import seed, trace
 from numpyro.primitives import Messenger
 
@@ -40,6 +41,7 @@ class Roles(NamedTuple):
     individual: dict[str, tuple[str, ...]]
     outcomes: tuple[str, ...]
     laws: dict[str, Any]  # what each random effect was declared with
+    shapes: dict[str, tuple[int, ...]]  # event shape of each random effect
 
     @property
     def effect_names(self) -> tuple[str, ...]:
@@ -57,9 +59,10 @@ def roles(model: Callable, study: Study) -> Roles:
             outcome that is not one law per subject, observations outside their support, or a
             `numpyro.param` that no estimation here would move.
     """
-    with _Declared() as declared:
+    # A prediction of 0 at a dose row, under a proportional error, is masked and must not matter.
+    with validation_enabled(False), _Declared() as declared:
         sites = trace(seed(model, jax.random.key(0))).get_trace(study)
-    found = Roles({}, {}, {}, {}, (), declared.laws)
+    found = Roles({}, {}, {}, {}, (), declared.laws, {})
     outcomes = []
     for name, site in sites.items():
         about = _about(site)
@@ -78,6 +81,7 @@ def roles(model: Callable, study: Study) -> Roles:
                 _check_outcome(name, site, study)
             else:
                 found.effects[name] = _check_effect(name, site, about)
+                found.shapes[name] = tuple(site["value"].shape[1:])
         elif site["type"] == "sample" and not site["is_observed"]:
             found.population[name] = _population(site, about)
     if not found.effects:

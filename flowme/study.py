@@ -171,7 +171,8 @@ class Study:
         """Reads a comma-separated file: `Study.from_frame`, with line numbers in its findings.
 
         Args:
-            path: The file, with a header. Empty cells and NONMEM's "." are missing values.
+            path: The file, with a header. Empty cells and NONMEM's "." are missing values;
+                identifiers such as 007 stay as they are written.
             *args: As in `Study.from_frame`, after `frame`.
             **kwargs: Likewise.
 
@@ -181,7 +182,8 @@ class Study:
         Raises:
             StudyError: As `Study.from_frame`, and for a line with too many or too few cells.
         """
-        return cls.from_frame(read_csv(path), *args, **kwargs)
+        subject = args[0] if args else kwargs.get("subject")
+        return cls.from_frame(read_csv(path, subject or "ID"), *args, **kwargs)
 
     @property
     def subjects(self) -> Subjects:

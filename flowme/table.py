@@ -220,8 +220,11 @@ def _floats(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     return values, np.isnan(values) & ~cells.isna().to_numpy(bool)
 
 
-def read_csv(path: str | Path) -> pd.DataFrame:
-    """A file as a table whose index is the line on which each row ends."""
+def read_csv(path: str | Path, subject: str) -> pd.DataFrame:
+    """A file as a table whose index is the line on which each row ends.
+
+    Identifiers such as 007 in the column `subject` stay as they are written.
+    """
     text = Path(path).read_text(encoding="utf-8-sig")
     reader = csv.reader(io.StringIO(text))
     lines = [
@@ -239,6 +242,10 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     if ragged:
         raise StudyError(ragged)
     frame = pd.read_csv(io.StringIO(text), na_values=["."])
+    if subject in frame and pd.api.types.is_integer_dtype(frame[subject]):
+        written = pd.read_csv(io.StringIO(text), usecols=[subject], dtype=str)[subject].str.strip()
+        if (written != frame[subject].astype(str)).any():
+            frame[subject] = written
     frame.index = pd.Index([line for line, _ in rows], name="line")
     return frame
 

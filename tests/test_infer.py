@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pandas as pd
 import pytest
 from cases import line_exact, line_model, line_study, theophylline_model
 from scipy.optimize import minimize
@@ -268,9 +269,9 @@ def test_save_and_load(tmp_path, line_fit):
         np.testing.assert_array_equal(again.params[name], value)
     assert again.minus_two_ll == line_fit.minus_two_ll
     assert again.converged and again.selection is None
-    with pytest.raises(ValueError, match="expected a model and a study with the subjects"):
+    with pytest.raises(ValueError, match="expected a model and a study with the"):
         fm.load(path, line_model(), line_study(3))
-    with pytest.raises(ValueError, match="the parameters of fit.npz"):
+    with pytest.raises(ValueError, match="the .* of fit.npz"):
         fm.load(path, line_model(fm.GaussianRandomEffect(["level", "slope"])), line_fit.study)
 
 
@@ -325,3 +326,105 @@ def test_other_laws_contain_the_gaussian(line_fit, law):
 def test_bad_input(line_fit, call, error, words):
     with pytest.raises(error, match=words):
         call(line_fit.study)
+
+
+@pytest.mark.parametrize("order", [("mu", "beta"), ("beta", "mu")])
+def test_an_effect_of_the_arm_is_not_taken_for_a_shift_of_all(order):
+    """Subjects sorted by arm, treated first: the estimate is the exact one, whatever the order
+    of the statements."""
+    rng = np.random.default_rng(3)
+    arm = np.repeat([1.0, 0.0], 20)
+    level = 10 + 2.5 * arm + rng.normal(size=40)
+    frame = pd.DataFrame(
+        [(i, t, arm[i], level[i] + 0.5 * rng.normal()) for i in range(40) for t in range(4)],
+        columns=["id", "t", "arm", "y"],
+    )
+    study = fm.Study.from_frame(frame, subject="id", time="t", outcome="y", covariates=["arm"])
+
+    def model(study):
+        fixed = {name: fm.population(name, dist.Normal(0.0, 10.0)) for name in order}
+        a = fm.population("a", dist.HalfNormal(2.0))
+        eta = fm.random_effect("eta", fm.GaussianRandomEffect(["mu"]), study.subjects)
+        m = fixed["mu"] + fixed["beta"] * study.covariates["arm"] + eta.mu
+        fm.observe("y", fm.residual.constant(m[:, None] + 0 * study.time, a), study)
+
+    fit = fm.VariationalEM(model).run(jax.random.key(0), study, progress=False)
+    means = frame.groupby("arm")["y"].mean()  # balanced: maximum likelihood is the means
+    assert fit.converged
+    np.testing.assert_allclose(fit.params["mu"], means[0.0], atol=1e-4)
+    np.testing.assert_allclose(fit.params["beta"], means[1.0] - means[0.0], atol=1e-4)
+    assert fit.standard_errors() is not None
+
+
+def test_nodes_where_the_model_is_not_finite_do_not_stop_the_fit():
+    """Some nodes have a negative mean, whose logarithm is not a number."""
+    rng = np.random.default_rng(0)
+    level = 3 + rng.normal(size=30)
+    frame = pd.DataFrame(
+        [(i, t, abs(level[i]) * np.exp(0.3 * rng.normal())) for i in range(30) for t in range(2)],
+        columns=["id", "t", "y"],
+    )
+    study = fm.Study.from_frame(frame, subject="id", time="t", outcome="y")
+
+    def model(study):
+        mu = fm.population("mu", dist.LogNormal(1.0, 1.0))
+        a = fm.population("a", dist.HalfNormal(1.0))
+        law = fm.GaussianRandomEffect(["m"], omega=2.0)
+        eta = fm.random_effect("eta", law, study.subjects)
+        f = (mu + eta.m)[:, None] + 0 * study.time
+        fm.observe("y", fm.residual.exponential(f, a), study)
+
+    numpyro.enable_validation(False)  # a NaN is meant
+    try:
+        fit = fm.VariationalEM(model).run(jax.random.key(0), study, progress=False)
+    finally:
+        numpyro.enable_validation(True)
+    assert fit.converged
+    assert 2 < float(fit.params["mu"]) < 4 and float(fit.params["eta_omega"][0]) < 1.8
+
+
+def test_a_plain_numpyro_random_effect_is_understood():
+    """`numpyro.sample` in a plate "subject", no flowme statement for it; exact likelihood."""
+    study = line_study(10)
+
+    def model(study):
+        level = fm.population("level", dist.Normal(0.0, 10.0))
+        omega = fm.population("omega", dist.HalfNormal(2.0))
+        with numpyro.plate("subject", study.subjects.size, dim=-1):
+            eta = numpyro.sample("eta", dist.Normal(0.0, omega))
+        f = (level + eta)[:, None] - study.time
+        fm.observe("y", fm.residual.constant(f, 1.0), study)
+
+    fit = fm.VariationalEM(model).run(jax.random.key(0), study, progress=False)
+    exact = line_exact(
+        study, float(fit.params["level"]), -1.0, 1.0,
+        np.diag([float(fit.params["omega"]) ** 2, 0.0]),
+    )[0].sum()  # fmt: skip
+    assert abs(-0.5 * fit.minus_two_ll - exact) < 4 * 0.5 * fit.minus_two_ll_se + 1e-6
+
+
+def test_starting_values_of_a_law_are_used(monkeypatch, line_fit):
+    seen = []
+    climb = fm.VariationalEM._climb
+
+    def spy(self, key, joint, values, study, progress):
+        seen.append((joint, dict(values)))
+        return climb(self, key, joint, values, study, progress)
+
+    monkeypatch.setattr(fm.VariationalEM, "_climb", spy)
+    effect = fm.StudentTRandomEffect(["level", "slope"], omega=2.0, df=4.0)
+    fm.VariationalEM(line_model(effect), max_iterations=1).run(
+        jax.random.key(0), line_fit.study, init={"eta_df": 6.0, "a": 0.9}, progress=False
+    )
+    (gaussian, first), (_, second) = seen
+    np.testing.assert_array_equal(gaussian.roles.population["eta_omega"].init, [2.0, 2.0])
+    assert first == {"a": 0.9}
+    assert second["eta_df"] == 6.0
+
+
+def test_saved_names_stay_apart(tmp_path, line_fit):
+    one, two = (fm.save(line_fit, tmp_path / f"run.{k}") for k in (1, 2))
+    assert one != two and fm.load(tmp_path / "run.1", line_model(), line_fit.study).converged
+    other = line_fit.study.with_values(y=3 * line_fit.study.values["y"])
+    with pytest.raises(ValueError, match="with the data of run.1.npz"):
+        fm.load(one, line_model(), other)

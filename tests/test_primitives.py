@@ -96,6 +96,24 @@ def test_masked_cells_never_spoil_a_gradient():
     assert np.isfinite(slope)
 
 
+def test_a_subject_never_measured_for_an_outcome_spoils_nothing():
+    frame = pd.DataFrame(
+        {"id": [1, 1, 2], "t": [0.0, 1.0, 0.0], "y": [np.nan, 1.1, np.nan], "z": [0.2, 0.1, 0.3]}
+    )
+    study = fm.Study.from_frame(frame, subject="id", time="t", outcome=["y", "z"])
+
+    def total(slope):
+        law = fm.residual.proportional(slope * jnp.asarray(study.time), 0.1)
+        site = handlers.trace(handlers.seed(lambda: fm.observe("y", law, study), 0)).get_trace()[
+            "y"
+        ]
+        return site["fn"].log_prob(site["value"]).sum()
+
+    value, slope = jax.jit(jax.value_and_grad(total))(1.0)
+    np.testing.assert_allclose(value, dist.Normal(1.0, 0.1).log_prob(1.1))
+    assert np.isfinite(slope) and abs(slope) > 0
+
+
 def test_predictive(study):
     """Prior predictive on a study without values; the posterior one with draws given."""
     draws = infer.Predictive(line_model(), num_samples=7)(jax.random.key(0), study.unobserved())

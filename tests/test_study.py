@@ -735,3 +735,12 @@ def test_misspelt_argument_is_refused(tmp_path):
     (tmp_path / "study.csv").write_text("ID,TIME,DV\n1,0,1\n")
     with pytest.raises(TypeError, match="amuont"):
         Study.from_csv(tmp_path / "study.csv", amuont="AMT")
+
+
+def test_identifiers_of_a_file_stay_as_written(tmp_path):
+    path = tmp_path / "ids.csv"
+    path.write_text("who,t,y\n001,0,1.5\n1,0,2.5\n007,1,3.5\n")
+    study = Study.from_csv(path, subject="who", time="t", outcome="y")
+    assert study.ids == ("001", "1", "007")
+    path.write_text("who,t,y\n1,0,1.5\n12,0,2.5\n")
+    assert Study.from_csv(path, subject="who", time="t", outcome="y").ids == (1, 12)

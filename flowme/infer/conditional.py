@@ -216,6 +216,16 @@ def likelihood_at(
     return jax.vmap(lambda eta: joint.terms(values, weights, eta, study)[0])(nodes.eta)
 
 
+def without_impossible(nodes: Nodes, likelihood: jax.Array, conditional: Conditional) -> Nodes:
+    """The nodes, those at which the likelihood is not finite moved to the mean with weight 0.
+
+    Masking their value alone would leave a NaN in the gradient.
+    """
+    bad = ~jnp.isfinite(likelihood)
+    eta = jnp.where(bad[..., None], conditional.mean, nodes.eta)
+    return Nodes(eta, jnp.where(bad, -jnp.inf, nodes.log_weight))
+
+
 def log_mean(likelihood: jax.Array, effect: jax.Array, log_weight: jax.Array) -> jax.Array:
     """log p(y_i; θ) `[subject]`; nodes at which the model is not finite count as impossible."""
     total = likelihood + effect + log_weight

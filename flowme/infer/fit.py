@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +27,12 @@ class Fit:
         study: the study it was fitted to.
         theta: population parameters on their unconstrained scale, `[parameter]`.
         weights: weights of the flows, by site.
-        conditional: N(m_i, C_i) around each subject's p(η_i | y_i; θ).
+        conditional: N(m_i, C_i) around each subject's p(η_i | y_i; θ); for a law that is not
+            Gaussian, with a Gaussian of its moments in its place.
         log_likelihood: log p(y_i; θ), `[subject]`.
-        log_likelihood_se: Monte-Carlo standard error of each (0 by quadrature), `[subject]`.
-        information: minus the Hessian of the objective at θ; None where it was not computed.
+        log_likelihood_se: Monte-Carlo standard error of each, `[subject]`.
+        information: minus the Hessian of the objective at θ; with a flow, the outer product of
+            the subjects' scores, its weights held. None where it was not computed.
         history: the objective after each iteration.
         converged: whether the stopping rule was met.
         messages: what the user should know: failed subjects, degenerate parameters, why stopped.
@@ -114,12 +117,10 @@ def save(fit: Fit, path: str | Path) -> Path:
 
     The model is code and the study a table: give them again to `load`.
     """
-    path = Path(path).with_suffix(".npz")
+    path = _file(path)
     header = {
         "format": 1,
-        "parameters": {n: list(s.shape) for n, s in fit.joint.roles.population.items()},
-        "effects": list(fit.joint.roles.effect_names),
-        "subjects": [str(i) for i in fit.study.subjects.ids],
+        **_identity(fit.joint, fit.study),
         "converged": fit.converged,
         "messages": list(fit.messages),
         "use_priors": fit.use_priors,
@@ -142,19 +143,15 @@ def load(path: str | Path, model: Callable, study: Study) -> Fit:
     Raises:
         ValueError: the model's parameters or the study's subjects are not those of the file.
     """
+    path = _file(path)
     with np.load(path) as file:
         arrays = dict(file)
     header = json.loads(str(arrays.pop("header")))
     joint = Joint.of(model, study)
-    found = {
-        "parameters": {n: list(s.shape) for n, s in joint.roles.population.items()},
-        "effects": list(joint.roles.effect_names),
-        "subjects": [str(i) for i in study.subjects.ids],
-    }
-    for what, value in found.items():
+    for what, value in _identity(joint, study).items():
         if header[what] != value:
             raise ValueError(
-                f"expected a model and a study with the {what} of {Path(path).name}, "
+                f"expected a model and a study with the {what} of {path.name}, "
                 f"{_short(header[what])}; got {_short(value)}."
             )
     weights = {name: jnp.asarray(arrays[f"weights:{name}"]) for name in joint.roles.weights}
@@ -175,6 +172,28 @@ def load(path: str | Path, model: Callable, study: Study) -> Fit:
         selection=arrays.get("selection"),
         selected=header["selected"],
     )
+
+
+def _file(path: str | Path) -> Path:
+    """The path with ".npz" added, not put in place of another ending ("run.1" stays apart)."""
+    path = Path(path)
+    return path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
+
+
+def _identity(joint: Joint, study: Study) -> dict[str, Any]:
+    """What a file and the model and study it is loaded with must agree on."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(study):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    roles = joint.roles
+    return {
+        "parameters": {name: list(site.shape) for name, site in roles.population.items()},
+        "flow weights": {name: int(np.size(w)) for name, w in roles.weights.items()},
+        "effects": list(roles.effect_names),
+        "laws of the random effects": [type(law).__name__ for law in roles.laws.values()],
+        "subjects": [str(i) for i in study.subjects.ids],
+        "data": digest.hexdigest(),
+    }
 
 
 def _short(value: Any) -> str:

@@ -95,7 +95,8 @@ class Joint:
         """η `[subject, effect]` by site."""
         values, start = {}, 0
         for name, names in self.roles.effects.items():
-            values[name] = eta[:, start : start + len(names)]
+            part = eta[:, start : start + len(names)]
+            values[name] = part.reshape(eta.shape[0], *self.roles.shapes[name])
             start += len(names)
         return values
 
@@ -157,7 +158,9 @@ class Joint:
             if isinstance(inner, RandomEffect):
                 mean, covariance = inner.mean, inner.covariance_matrix
             else:
-                draws = law.sample(k, (4096,))[:, 0].reshape(4096, -1)
+                # Over all subjects: the law may depend on their covariates.
+                each = -(-4096 // study.subjects.size)
+                draws = law.sample(k, (each,)).reshape(each * study.subjects.size, -1)
                 mean, covariance = draws.mean(0), jnp.atleast_2d(jnp.cov(draws, rowvar=False))
             means.append(mean)
             blocks.append(covariance)

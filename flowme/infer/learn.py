@@ -33,6 +33,7 @@ from flowme.infer.conditional import (
     likelihood_at,
     log_mean,
     population_law,
+    without_impossible,
 )
 from flowme.infer.joint import Joint, Weights
 from flowme.infer.newton import References, trust_region
@@ -105,6 +106,7 @@ class Learn(NamedTuple):
         parameters, optimizer = self._fit_density(state, eta, mask, dependence, study)
         theta, weights, shift = self._absorb(state, parameters)
         fixed = Nodes(nodes.eta, nodes.log_weight + effect)
+        fixed = without_impossible(fixed, likelihood, state.conditional)
         theta = self._rest(theta, state, fixed, mask, study)
         conditional = state.conditional._replace(mean=state.conditional.mean - shift)
         return LearnState(theta, weights, conditional, optimizer, log_likelihood)
@@ -192,7 +194,7 @@ class Learn(NamedTuple):
             select = select.at[joint.slices[name]].set(1.0)
         gradient = jax.grad(objective)(state.theta) * select
         hessian = jax.hessian(objective)(state.theta) * select[:, None] * select
-        move, _ = trust_region(gradient, hessian - jnp.diag(1 - select), 0.2)
+        move, *_ = trust_region(gradient, hessian - jnp.diag(1 - select), 0.2)
         return theta + 0.5 * jnp.where(jnp.isfinite(move), move, 0.0)
 
 

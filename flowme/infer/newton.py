@@ -22,14 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowme.effects import RandomEffect
 from flowme.infer.conditional import (
     Conditional,
     Nodes,
     gaussian_law,
     importance,
     laplace,
+    likelihood_at,
     log_mean,
     quadrature,
+    without_impossible,
 )
 from flowme.infer.joint import Joint, Weights
 from flowme.study import Study
@@ -57,7 +60,7 @@ class NewtonState(NamedTuple):
     log_likelihood: jax.Array  # log p(y_i; θ), [subject]
     objective: jax.Array  # their sum, plus log p(θ) for MAP
     radius: jax.Array  # of the trust region, in the unit of θ
-    gain: jax.Array  # what the last proposed step promised to add to the objective
+    gain: jax.Array  # what a full Newton step promised to add to the objective
     accepted: jax.Array
 
 
@@ -102,16 +105,17 @@ class Newton(NamedTuple):
     def step(self, key, state: NewtonState, weights, study) -> NewtonState:
         """One trust-region step: accepted if it adds a tenth of what it promised."""
         gradient, hessian = self.derivatives(key, state, weights, study)
-        move, gain = trust_region(gradient, hessian, state.radius)
+        move, promised, gain = trust_region(gradient, hessian, state.radius)
         theta = state.theta + move
         shift = jnp.asarray(self.references.matrix(self.joint)) @ move
         conditional = self.locate(theta, weights, study, state.conditional.mean - shift, 3)
         values, total = self._objective(key, theta, conditional, weights, study)
 
         noise = 20 * jnp.finfo(total.dtype).eps * jnp.abs(state.objective)
-        ratio = (total - state.objective + noise) / (gain + noise)
+        ratio = (total - state.objective + noise) / (promised + noise)
         accepted = jnp.isfinite(total) & (ratio > 0.1)
         length = jnp.linalg.norm(move)
+        length = jnp.where(jnp.isfinite(length), length, state.radius)
         good = accepted & (ratio > 0.7)
         radius = jnp.where(good, jnp.maximum(state.radius, 2.5 * length), state.radius)
         radius = jnp.where(accepted, radius, 0.3 * length)
@@ -166,14 +170,18 @@ class Newton(NamedTuple):
 
     def _nodes(self, key, theta, conditional, weights, study) -> Nodes:
         if self.order:
-            return jax.lax.stop_gradient(quadrature(conditional, self.order))
-        mean, covariance = self._moments(theta, weights, study)
-        broad = gaussian_law(mean, covariance, study.subjects.size)
-        return jax.lax.stop_gradient(importance(key, conditional, broad, self.points)[0])
+            nodes = quadrature(conditional, self.order)
+        else:
+            mean, covariance = self._moments(theta, weights, study)
+            broad = gaussian_law(mean, covariance, study.subjects.size)
+            nodes = importance(key, conditional, broad, self.points)[0]
+        likelihood = likelihood_at(self.joint, theta, weights, nodes, study)
+        return jax.lax.stop_gradient(without_impossible(nodes, likelihood, conditional))
 
 
 def trust_region(gradient, hessian, radius):
-    """The step that maximises gᵀs - sᵀ|H|s/2 within ‖s‖ <= radius, and that maximum.
+    """The step that maximises gᵀs - sᵀ|H|s/2 within ‖s‖ <= radius, that maximum, and the maximum
+    over all steps.
 
     |H| has the absolute eigenvalues of the Hessian: where the likelihood is not concave the step
     still goes up.
@@ -196,16 +204,20 @@ def trust_region(gradient, hessian, radius):
     _, damping = jax.lax.fori_loop(0, 60, bisect, (jnp.zeros_like(high), high))
     damping = jnp.where(length(0.0) <= radius, 0.0, damping)
     move = slope / (values + damping)
-    return vectors @ move, slope @ move - 0.5 * move @ (values * move)
+    promised = slope @ move - 0.5 * move @ (values * move)
+    return vectors @ move, promised, 0.5 * jnp.sum(slope**2 / values)
 
 
 def references(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> References:
     """Find the population parameters θ_a that enter only as θ_a + η_j.
 
-    By trying: log p(y_i | η; θ) of up to eight subjects must not change when θ_a goes up and η_j
-    down by the same amount, at two random places, and must change when θ_a alone does.
+    By trying, at two random places: for every subject, moving θ_a up must change log p(y_i | η; θ)
+    and moving η_j down by as much must undo that. (For every subject: in one arm of a trial the
+    effect of the treatment cannot be told from the mean.) Of a large study 256 subjects are
+    tried, spread over it. Laws that are not flowme's are left alone: they may have kinks.
     """
-    some = study.subset(range(min(8, study.subjects.size)))
+    size = study.subjects.size
+    some = study.subset(np.unique(np.linspace(0, size - 1, min(256, size)).astype(int)))
     d, p = joint.effect_size, joint.size
     keys = jax.random.split(jax.random.key(0), 2)
     places = np.asarray(theta + 0.1 * jax.random.normal(keys[0], (2, p)))
@@ -224,13 +236,16 @@ def references(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -
     values = np.asarray(program(np.concatenate(thetas), np.concatenate(etas), some))
     values = values.reshape(2, 1 + p + p * d, -1)
     base, alone, both = values[:, 0], values[:, 1 : 1 + p], values[:, 1 + p :].reshape(2, p, d, -1)
-    tolerance = 1e-7 if base.dtype == np.float64 else 2e-3
-
-    def same(a, b):
-        close = np.abs(a - b) <= tolerance * (1 + np.abs(b))
-        return np.all(close & np.isfinite(b), axis=(0, -1))
-
-    found = same(both, base[:, None, None]) & ~same(alone, base[:, None])[:, None]
+    rounding, share = (1e-12, 1e-6) if base.dtype == np.float64 else (2e-6, 1e-2)
+    with np.errstate(invalid="ignore"):  # a place may lie where the model is not finite
+        noise = rounding * (1 + np.abs(base))[:, None]
+        moved = np.abs(alone - base[:, None])
+        left = np.abs(both - base[:, None, None])
+        undone = (left <= (share * moved + 10 * noise)[:, :, None]) & (moved > 100 * noise)[
+            :, :, None
+        ]
+    has_data = sum(np.asarray(mask).any(1) for mask in some.observed.values()) > 0
+    found = np.all(undone[..., has_data], axis=(0, -1)) & _referable(joint)
     pairs: list[tuple[int, str, int]] = []
     for site, where in joint.slices.items():
         partners = [np.flatnonzero(row) for row in found[where]]
@@ -240,3 +255,14 @@ def references(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -
         if len(set(new) - taken) == len(partners) and not joint.roles.population[site].effect:
             pairs += [(effect, site, element) for element, effect in enumerate(new)]
     return References(tuple(pairs), frozenset(site for _, site, _ in pairs))
+
+
+def _referable(joint: Joint) -> np.ndarray:
+    """The effects whose law is one of flowme's, `[effect]`."""
+    laws = joint.roles.laws
+    return np.concatenate(
+        [
+            np.full(len(names), isinstance(laws.get(site), RandomEffect))
+            for site, names in joint.roles.effects.items()
+        ]
+    )

@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 import optax
 from tqdm.auto import tqdm
 
-from flowme.effects import GaussianRandomEffect, RandomEffect
+from flowme.effects import GaussianRandomEffect, MixtureRandomEffect, RandomEffect
 from flowme.infer.conditional import Conditional
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, start_weights
@@ -168,7 +168,8 @@ class VariationalEM:
 
     def _newton(self, joint: Joint, theta, weights, study: Study) -> Newton:
         order = 0
-        if all(_is_gaussian(law) for law in joint.roles.laws.values()) and joint.roles.laws:
+        laws = joint.roles.laws
+        if all(isinstance(laws.get(name), GaussianRandomEffect) for name in joint.roles.effects):
             order = _ORDER.get(joint.effect_size, 0)
         found = references(joint, theta, weights, study)
         return Newton(joint, found, order, self.points, self.use_priors)
@@ -222,6 +223,7 @@ class VariationalEM:
         )
         blocks: list[Any] = []
         why, converged = "", first.converged
+        ended = False
         with tqdm(total=self.flow_updates, desc=plan.title, disable=not progress) as bar:
             try:
                 for k in jax.random.split(key_run, -(-self.flow_updates // _BLOCK)):
@@ -232,13 +234,20 @@ class VariationalEM:
                     path = jax.tree.map(lambda *x: np.concatenate(x), *blocks)
                     bar.update(_BLOCK)
                     bar.set_postfix_str(plan.report(path))
-                    if plan.past_the_best(path):
+                    if ended := plan.past_the_best(path):
                         break
             except KeyboardInterrupt:
                 why, converged = "stopped by the user while learning the flow", False
         if not blocks:
             return first._replace(why=why, converged=False)
         update, candidate, selection = plan.choose(path)
+        if not why and not ended and update >= len(path.theta) - _BLOCK:
+            converged = False
+            why = (
+                f"the flow was still improving after {len(path.theta)} updates: raise flow_updates"
+                if plan.fold_count
+                else "the flow was stopped by flow_updates, not by held-out subjects (folds=0)"
+            )
         theta, weights = jax.tree.map(
             lambda x: jnp.asarray(x[update, candidate]), (path.theta, path.weights)
         )
@@ -247,7 +256,9 @@ class VariationalEM:
         climbed = path.log_likelihood[: update + 1, plan.everyone[candidate]].sum(1)
         return _Course(
             joint, theta, weights, conditional, [*first.history, *climbed], converged, why,
-            Newton(joint, learn.references, 0, self.points, self.use_priors), selection, update,
+            first.newton if update == 0
+            else Newton(joint, learn.references, 0, self.points, self.use_priors),
+            selection, update,
         )  # fmt: skip
 
     # The end.
@@ -279,12 +290,13 @@ class VariationalEM:
     def _information(self, key, course: _Course, study: Study) -> np.ndarray:
         """Observed information of θ; with a flow, the outer product of the subjects' scores."""
         state = NewtonState(course.theta, course.conditional, *([jnp.zeros(())] * 5))
-        if course.weights:  # second derivatives through the flow cost more than they tell
+        weights = start_weights(course.newton.joint)  # none where a flow stayed the Gaussian
+        if weights:  # second derivatives through the flow cost more than they tell
             newton = course.newton._replace(points=64)
             scores = np.asarray(self._run(newton, "scores")(key, state, course.weights, study))
             return scores.T @ scores
         program = self._run(course.newton, "derivatives")
-        return -np.asarray(program(key, state, course.weights, study)[1])
+        return -np.asarray(program(key, state, weights, study)[1])
 
     def _run(self, engine: Newton | Learn, method: str) -> Callable:
         return self._program((engine, method), lambda: getattr(engine, method))
@@ -313,20 +325,23 @@ class _Course(NamedTuple):
     selected: int | None = None
 
 
-def _is_gaussian(law: dist.Distribution) -> bool:
-    if isinstance(law, dist.Independent):
-        return _is_gaussian(law.base_dist)
-    return isinstance(law, GaussianRandomEffect | dist.Normal | dist.MultivariateNormal)
-
-
 def _needs_start(law: dist.Distribution) -> bool:
     return isinstance(law, RandomEffect) and not isinstance(law, GaussianRandomEffect)
 
 
 def _gaussians(laws: dict[str, RandomEffect]) -> dict[str, GaussianRandomEffect]:
-    """The Gaussian that each law is started from, with the same freedom of correlation."""
+    """The Gaussian that each law is started from, with what they have in common."""
+    shared = ("omega", "omega_prior")
     return {
-        name: GaussianRandomEffect(law.names, full=getattr(law, "full", False))
+        name: GaussianRandomEffect(
+            law.names,
+            full=getattr(law, "full", False),
+            **(
+                {"omega": 0.5 * law.spread}
+                if isinstance(law, MixtureRandomEffect)
+                else {k: getattr(law, k) for k in shared if hasattr(law, k)}
+            ),
+        )
         for name, law in laws.items()
     }
 
@@ -351,8 +366,10 @@ def _start(key, joint: Joint, laws, first: _Course, init):
         for parameter, value in law.start(k, np.asarray(covariance), eta).items():
             target = weights if parameter == "weights" else values
             target[f"{name}_{parameter}"] = value
-    # Where the Gaussian fit ended is a better start than where it began.
-    return {**init, **values}, weights
+    # Where the Gaussian fit ended is a better start than where it began; but what was asked of
+    # parameters that it does not have is done.
+    asked = {k: v for k, v in init.items() if k not in first.joint.roles.population}
+    return {**values, **asked}, weights
 
 
 class _Plan(NamedTuple):
@@ -392,7 +409,8 @@ class _Plan(NamedTuple):
         shape = (len(path.theta), -1, self.fold_count + 1, len(self.folds))
         values = np.asarray(path.log_likelihood).reshape(shape)
         found = np.take_along_axis(values, self.folds[None, None, None], axis=2)[:, :, 0]
-        return found - found[:1]
+        gain = found - found[:1]
+        return np.where(np.isfinite(gain), gain, 0.0)  # such subjects are named at the end
 
     def report(self, path: Block) -> str:
         if not self.fold_count:
