@@ -52,7 +52,8 @@ def nuts(
     """Draw from the posterior of a population model by NUTS (Hoffman & Gelman 2014).
 
     Random effects are sampled non-centred (`NonCentred`) where their law allows it. Chains start
-    from `fit`, when given, else from the model's starting values.
+    from `fit`, when given, else from the model's starting values; all from the same point, so
+    R-hat cannot tell of a mode that none of them visits.
 
     Args:
         model: the model.

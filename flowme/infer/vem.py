@@ -60,7 +60,8 @@ class VariationalEM:
         points: importance points per subject, where quadrature does not serve (laws that are not
             Gaussian, more than four effects).
         flow_updates: at most so many updates of a flow.
-        folds: folds over subjects that choose when to stop a flow; 0: never stop early.
+        folds: folds over subjects that choose when to stop a flow; 0: never stop early. The best
+            held-out gain is a maximum over updates and penalties, hence a little optimistic.
         optimizer: optax optimiser of the flow's weights; by default Adam whose rate falls from
             .02 along a cosine.
 
