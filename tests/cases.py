@@ -21,10 +21,10 @@ FLOWS = {
 }
 
 
-def bent_weights(flow: flows.Flow, dim: int, seed: int = 1) -> jax.Array:
+def bent_weights(flow: flows.Flow, dim: int, seed: int = 1, by: float = 0.4) -> jax.Array:
     """Weights far from the identity."""
     start = flow.init(jax.random.key(seed), dim)
-    return start + 0.4 * jax.random.normal(jax.random.key(seed + 1), start.shape)
+    return start + by * jax.random.normal(jax.random.key(seed + 1), start.shape)
 
 
 def _corr_cholesky(size: int) -> jax.Array:
@@ -35,7 +35,7 @@ def _corr_cholesky(size: int) -> jax.Array:
 def _flow(names, flow=None, **options):
     effect = FlowRandomEffect(names, flow, omega=np.linspace(0.3, 0.8, len(names)), **options)
     return effect.with_parameters(
-        weights=bent_weights(effect.flow, len(names)),
+        weights=bent_weights(effect.flow, len(names), by=0.25),
         corr_cholesky=_corr_cholesky(len(names)),
     )
 

@@ -63,7 +63,7 @@ def test_the_text_is_aligned_and_says_how_it_ended():
 def test_what_went_wrong_is_said():
     fit = dataclasses.replace(
         theophylline(), information=None, converged=False, messages=("stopped by the user",),
-        selection=np.linspace(0.0, 10.0, 30),
+        selection=np.linspace(0.0, 10.0, 30), selected=29,
     )  # fmt: skip
     result = summary(fit)
     assert np.isnan(result.frame["SE"]).all()
