@@ -208,10 +208,13 @@ def _fit_footer(fit: Fit) -> tuple[str, ...]:
 def _mcmc_footer(mcmc: MCMC, point: Estimate) -> tuple[str, ...]:
     diverging = int(np.sum(mcmc.get_extra_fields()["diverging"]))
     transitions = "transition" if diverging == 1 else "transitions"
+    messages = getattr(mcmc, "messages", ())  # of flowme.nuts
+    missed = " (the posterior is not explored fully: raise target_accept_prob)"
     return (
         f"{_size(point.study)}; {mcmc.num_chains} chains of {mcmc.num_samples} draws",
         f"Posterior by {type(mcmc.sampler).__name__}: {diverging} divergent {transitions}"
-        + (" (the posterior is not explored fully: raise target_accept_prob)" if diverging else ""),
+        + (missed if diverging and not messages else ""),
+        *messages,
     )
 
 

@@ -1,5 +1,6 @@
 """Fits that several test files look at, each made once."""
 
+import warnings
 from functools import cache
 
 import jax
@@ -38,7 +39,9 @@ def theophylline() -> Fit:
 @cache
 def theophylline_nuts() -> MCMC:
     fit = theophylline()
-    return nuts(
-        absorption, fit.study, jax.random.key(1), fit=fit,
-        num_warmup=150, num_samples=100, num_chains=2, progress=False,
-    )  # fmt: skip
+    with warnings.catch_warnings():  # that it is short
+        warnings.simplefilter("ignore")
+        return nuts(
+            absorption, fit.study, jax.random.key(1), fit=fit,
+            num_warmup=100, num_samples=100, num_chains=2, progress=False,
+        )  # fmt: skip
