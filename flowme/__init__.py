@@ -11,11 +11,15 @@ from flowme.effects import (
 )
 from flowme.infer.fit import Fit, load, save
 from flowme.infer.marginal import marginal_log_likelihood
+from flowme.infer.mixtures import mixture_by_bic
+from flowme.infer.npmle import npmle
 from flowme.infer.nuts import nuts
+from flowme.infer.smoothed import smoothed_npmle
 from flowme.infer.vem import VariationalEM
 from flowme.predict import predict, simulate
 from flowme.primitives import individual, observe, population, random_effect, replace_effect
 from flowme.report import summary
+from flowme.semi_nonparametric import SemiNonparametricRandomEffect
 from flowme.structural import solve
 from flowme.study import Study
 
@@ -24,6 +28,7 @@ __all__ = [
     "FlowRandomEffect",
     "GaussianRandomEffect",
     "MixtureRandomEffect",
+    "SemiNonparametricRandomEffect",
     "StudentTRandomEffect",
     "Study",
     "VariationalEM",
@@ -32,6 +37,8 @@ __all__ = [
     "individual",
     "load",
     "marginal_log_likelihood",
+    "mixture_by_bic",
+    "npmle",
     "nuts",
     "observe",
     "oral_one_compartment",
@@ -43,6 +50,7 @@ __all__ = [
     "residual",
     "save",
     "simulate",
+    "smoothed_npmle",
     "solve",
     "summary",
     "to_arviz",

@@ -7,7 +7,15 @@ import flowme
 
 LAYERS = {
     1: {"study", "table", "rows", "events", "datasets"},
-    2: {"flows", "effects", "residual", "structural", "closed_forms"},
+    2: {
+        "flows",
+        "effects",
+        "kernel_mixture",
+        "semi_nonparametric",
+        "residual",
+        "structural",
+        "closed_forms",
+    },
     3: {"primitives", "roles"},
     4: {"infer"},
     5: {"predict", "convert"},
