@@ -13,8 +13,8 @@ from flowme.study import Study
 
 __all__ = ["oral_one_compartment"]
 
-# (1 - exp(-x)) / x = sum_n (-x)^n / (n + 1)!; 16 terms are exact to double precision below 1/2.
-_SERIES = tuple((-1) ** n / math.factorial(n + 1) for n in range(16))
+# (1 - exp(-x)) / x = sum_n (-x)^n / (n + 1)!; 10 terms are exact to double precision below 1/10.
+_SERIES = tuple((-1) ** n / math.factorial(n + 1) for n in range(10))
 
 
 def oral_one_compartment(psi: Any, study: Study) -> Array:
@@ -66,7 +66,7 @@ def oral_one_compartment(psi: Any, study: Study) -> Array:
 
 def _relative_decay(x: Array) -> Array:
     """(1 - exp(-x)) / x for x >= 0, with two accurate derivatives at and near 0."""
-    near = x < 0.5
+    near = x < 0.1
     small, large = jnp.where(near, x, 0), jnp.where(near, 1, x)  # neither branch makes a NaN
     series = jnp.polyval(jnp.asarray(_SERIES[::-1], x.dtype), small)
-    return jnp.where(near, series, -jnp.expm1(-large) / large)
+    return jnp.where(near, series, (1 - jnp.exp(-large)) / large)

@@ -14,10 +14,11 @@ from numpyro.distributions import constraints
 from numpyro.infer import MCMC
 
 from flowme.effects import MixtureRandomEffect
-from flowme.infer.conditional import Conditional, importance, population_law
+from flowme.infer.conditional import Conditional, importance, log_mean, population_law
+from flowme.infer.evaluate import shifted
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
-from flowme.infer.newton import Newton, references
+from flowme.infer.references import References, find
 from flowme.predict import (
     Result,
     conditional_nodes,
@@ -158,7 +159,7 @@ class _Drawn(NamedTuple):
     theta: jax.Array  # [chain, draw, parameter]
     eta: jax.Array  # [chain, draw, subject, effect]
     psi: dict[str, jax.Array]  # [chain, draw, subject, parameter]
-    newton: Newton
+    references: References
     theta0: jax.Array
     conditional: Conditional
     about: dict[str, Any]
@@ -181,7 +182,7 @@ def _fit_draws(key: jax.Array, fit: Fit, draws: int) -> _Drawn:
     eta = jnp.take_along_axis(nodes, chosen[..., None], axis=0)
     eta = jnp.where(jnp.isfinite(log_share).any(0)[:, None], eta, jnp.nan)
     psi = _individual(fit.joint, fit.theta, fit.weights, eta, fit.study)
-    found = references(fit.joint, fit.theta, fit.weights, fit.study)
+    found = find(fit.joint, fit.theta, fit.weights, fit.study)
     about = {
         "inference_library": "flowme",
         "inference": f"VariationalEM, {'MAP' if fit.use_priors else 'maximum likelihood'}",
@@ -190,9 +191,8 @@ def _fit_draws(key: jax.Array, fit: Fit, draws: int) -> _Drawn:
         "minus_two_ll": fit.minus_two_ll,
     }
     theta, eta, psi = jax.tree.map(lambda x: x[None], (theta, eta, psi))  # one chain
-    newton = Newton(fit.joint, found, 0, _POINTS, False)
     return _Drawn(
-        fit.joint, fit.study, fit.weights, theta, eta, psi, newton, fit.theta, fit.conditional,
+        fit.joint, fit.study, fit.weights, theta, eta, psi, found, fit.theta, fit.conditional,
         about,
     )  # fmt: skip
 
@@ -201,7 +201,7 @@ def _chains(mcmc: MCMC) -> _Drawn:
     draws = mcmc_draws(mcmc)
     joint, study, weights = draws.joint, draws.study, draws.weights
     theta0 = draws.theta.mean((0, 1))
-    found = references(joint, theta0, weights, study)
+    found = find(joint, theta0, weights, study)
     # η as it would be at θ₀ with the same ψ: known better than η itself, and the nodes of the
     # marginal likelihood move back with θ.
     shift = (draws.theta - theta0) @ jnp.asarray(found.matrix(joint)).T
@@ -217,9 +217,8 @@ def _chains(mcmc: MCMC) -> _Drawn:
         "inference": f"{type(mcmc.sampler).__name__} of NumPyro {version('numpyro')}",
         "draws": "posterior distribution of all parameters",
     }
-    newton = Newton(joint, found, 0, _POINTS, False)
     return _Drawn(
-        joint, study, weights, draws.theta, draws.eta, psi, newton, theta0,
+        joint, study, weights, draws.theta, draws.eta, psi, found, theta0,
         Conditional(mean, tril), about,
     )  # fmt: skip
 
@@ -252,20 +251,31 @@ def _by_site(joint: Joint, eta: Any) -> dict[str, Any]:
 
 def _log_likelihood(key: jax.Array, drawn: _Drawn) -> dict[str, tuple]:
     thetas = drawn.theta.reshape(-1, drawn.theta.shape[-1])
+    # Many draws at once while they fit: what does not depend on θ (an ODE) is then solved once.
+    cells = _POINTS * int(np.prod(drawn.study.time.shape))
     values = _marginal(
-        drawn.newton, key, drawn.theta0, thetas, drawn.weights, drawn.conditional, drawn.study
-    )
+        drawn.joint, drawn.references, max(1, 2_000_000 // cells), key, drawn.theta0, thetas,
+        drawn.weights, drawn.conditional, drawn.study,
+    )  # fmt: skip
     outcomes = drawn.joint.roles.outcomes
     name = outcomes[0] if len(outcomes) == 1 else "y"
     return {name: (("subject",), values.reshape(*drawn.theta.shape[:2], -1))}
 
 
-@partial(jax.jit, static_argnames="newton")
-def _marginal(newton: Newton, key, theta0, thetas, weights, conditional, study):
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _marginal(joint, references, batch, key, theta0, thetas, weights, conditional, study):
     """log p(y_i; θ) at each θ, `[draw, subject]`."""
-    broad = population_law(newton.joint, theta0, weights, study)
-    nodes, _ = importance(key, conditional, broad, newton.points)
-    return jax.lax.map(newton.marginal(theta0, nodes, weights, study), thetas)
+    broad = population_law(joint, theta0, weights, study)
+    nodes, _ = importance(key, conditional, broad, _POINTS)
+    likelihood, density = shifted(joint, references, theta0, weights, study)
+    free, own = references.of_likelihood(joint), references.of_density(joint)
+
+    def marginal(theta):
+        return log_mean(
+            likelihood(theta[free], nodes.eta), density(theta[own], nodes.eta), nodes.log_weight
+        )
+
+    return jax.lax.map(marginal, thetas, batch_size=batch)
 
 
 def _sample_stats(mcmc: MCMC) -> dict[str, tuple]:

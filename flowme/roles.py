@@ -8,16 +8,19 @@ parameter, an observed one in the plate an outcome.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.distribution import validation_enabled
 from numpyro.handlers import seed, trace
 from numpyro.primitives import Messenger
 
+from flowme.effects import RandomEffect
 from flowme.study import Study
 
 
@@ -59,31 +62,31 @@ def roles(model: Callable, study: Study) -> Roles:
             outcome that is not one law per subject, observations outside their support, or a
             `numpyro.param` that no estimation here would move.
     """
-    # A prediction of 0 at a dose row, under a proportional error, is masked and must not matter.
-    with validation_enabled(False), _Declared() as declared:
-        sites = trace(seed(model, jax.random.key(0))).get_trace(study)
-    found = Roles({}, {}, {}, {}, (), declared.laws, {})
+    sites, declared = _trace(model, study)
+    starts, wrong = jax.tree.map(np.asarray, _inspect(model, study))
+    found = Roles({}, {}, {}, {}, (), declared, {})
     outcomes = []
     for name, site in sites.items():
         about = _about(site)
         if site["type"] == "param":
-            if name.removesuffix("_weights") not in declared.laws:
+            law = declared.get(name.removesuffix("_weights"))
+            if law is None:
                 raise ValueError(
                     f"expected every numpyro.param to be the weights of a flow; got {name!r}. "
                     f"Write fm.population({name!r}, ...) for a parameter to be estimated."
                 )
-            found.weights[name] = np.asarray(site["value"])
+            found.weights[name] = np.asarray(law.weights)
         elif site["type"] == "deterministic" and about.get("role") == "individual":
             found.individual[name] = about["names"]
         elif site["type"] == "sample" and _per_subject(site):
             if site["is_observed"] or about.get("role") == "outcome":
                 outcomes.append(name)
-                _check_outcome(name, site, study)
+                _check_outcome(name, site, study, wrong.get(name))
             else:
                 found.effects[name] = _check_effect(name, site, about)
                 found.shapes[name] = tuple(site["value"].shape[1:])
         elif site["type"] == "sample" and not site["is_observed"]:
-            found.population[name] = _population(site, about)
+            found.population[name] = _population(site, about, starts[name])
     if not found.effects:
         raise ValueError(
             "expected a model with random effects; got none. Write one as "
@@ -92,6 +95,64 @@ def roles(model: Callable, study: Study) -> Roles:
     if not outcomes:
         raise ValueError("expected a model with an outcome; got none. Write fm.observe(...).")
     return found._replace(outcomes=tuple(outcomes))
+
+
+def _trace(model: Callable, study: Study) -> tuple[dict[str, dict], dict[str, Any]]:
+    """The sites of the model and the declared random effects, without computing anything; but
+    where a support or a starting value was computed by JAX, its number is needed: then with."""
+    found: dict[str, Any] = {}
+
+    def run():
+        # A prediction of 0 at a dose row, under a proportional error, is masked: not to matter.
+        with validation_enabled(False), _Declared() as declared:
+            found["sites"] = trace(seed(model, jax.random.key(0))).get_trace(study)
+        found["declared"] = declared.laws
+
+    jax.eval_shape(run)
+    latent = (s for s in found["sites"].values() if s["type"] == "sample" and not s["is_observed"])
+    needed: list[Any] = [
+        [vars(s["fn"].support), _about(s).get("init")] for s in latent if not _per_subject(s)
+    ]
+    needed += [vars(law) for law in found["declared"].values() if isinstance(law, RandomEffect)]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(needed)):
+        run()
+    return found["sites"], found["declared"]
+
+
+@partial(jax.jit, static_argnums=0)
+def _inspect(model: Callable, study: Study) -> tuple[dict, dict]:
+    """Medians of the population parameters, and which observations lie outside the support of
+    their law, `[subject, time]`."""
+    with validation_enabled(False):
+        sites = trace(seed(model, jax.random.key(0))).get_trace(study)
+    medians, wrong = {}, {}
+    for name, site in sites.items():
+        if site["type"] != "sample":
+            continue
+        if not _per_subject(site):
+            if not site["is_observed"]:
+                medians[name] = _median(site["fn"])
+        elif name in study.values and site["is_observed"]:
+            values, mask = study.values[name], study.observed[name]
+            inside = _innermost(site["fn"]).support(jnp.asarray(values))
+            wrong[name] = mask & ~jnp.broadcast_to(inside, mask.shape)
+    return medians, wrong
+
+
+def _median(law: dist.Distribution) -> jax.Array:
+    """The median; where there is no formula of 1000 draws, taken where the parameter is
+    unconstrained so that it stays in its support."""
+    try:
+        return jnp.broadcast_to(law.icdf(jnp.full(law.batch_shape, 0.5)), law.shape())
+    except (NotImplementedError, AttributeError):
+        to = biject_to(law.support)
+        return to(jnp.median(to.inv(law.sample(jax.random.key(0), (1000,))), axis=0))
+
+
+def _innermost(law: dist.Distribution) -> dist.Distribution:
+    while hasattr(law, "base_dist") and law.event_shape:
+        law = law.base_dist
+    return law
 
 
 class _Declared(Messenger):
@@ -115,14 +176,10 @@ def _per_subject(site: dict) -> bool:
     return any(frame.name == "subject" for frame in site["cond_indep_stack"])
 
 
-def _population(site: dict, about: dict) -> PopulationSite:
+def _population(site: dict, about: dict, median: np.ndarray) -> PopulationSite:
     law = site["fn"]
     init = about.get("init")
-    if init is None:
-        # The median, taken where the parameter is unconstrained so that it stays in its support.
-        to = biject_to(law.support)
-        draws = to.inv(law.sample(jax.random.key(0), (1000,)))
-        init = to(jnp.median(draws, axis=0))
+    init = median if init is None else init
     return PopulationSite(
         tuple(law.shape()),
         law.support,
@@ -147,20 +204,16 @@ def _check_effect(name: str, site: dict, about: dict) -> tuple[str, ...]:
     return about.get("names", tuple(f"{name}{j + 1}" for j in range(size)) if size > 1 else (name,))
 
 
-def _check_outcome(name: str, site: dict, study: Study) -> None:
+def _check_outcome(name: str, site: dict, study: Study, wrong: np.ndarray | None) -> None:
     law, size = site["fn"], study.subjects.size
     if law.batch_shape != (size,):
         raise ValueError(
             f"expected outcome {name!r} to have one law per subject, batch shape [{size}]; got "
             f"{list(law.batch_shape)}. Write fm.observe(...), or add .to_event(1)."
         )
-    if name not in study.values or not site["is_observed"]:
+    if wrong is None:
         return
-    values, mask = np.asarray(study.values[name]), np.asarray(study.observed[name])
-    inner = law
-    while hasattr(inner, "base_dist") and inner.event_shape:
-        inner = inner.base_dist
-    wrong = mask & ~np.broadcast_to(np.asarray(inner.support(values)), mask.shape)
+    values, inner = np.asarray(study.values[name]), _innermost(law)
     if wrong.any():
         i, j = np.argwhere(wrong)[0]
         raise ValueError(

@@ -1,6 +1,6 @@
 """Conditional distributions p(η_i | y_i; θ): where each is, and nodes to integrate over it.
 
-`laplace` finds, for every subject at once, the mode m_i and the curvature of
+`locate` finds, for every subject at once, the mode m_i and the curvature of
 
     log p(y_i | η; θ) + log N(η; μ, Ω),
 
@@ -16,13 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
-from scipy.stats import qmc
+from scipy.stats import norm, qmc
 
 from flowme.infer.joint import Joint, Weights
 from flowme.study import Study
@@ -31,8 +31,8 @@ from flowme.study import Study
 class Conditional(NamedTuple):
     """N(mean_i, scale_tril_i scale_trilᵀ_i): a Gaussian around p(η_i | y_i; θ)."""
 
-    mean: jax.Array  # [subject, effect]
-    scale_tril: jax.Array  # [subject, effect, effect]
+    mean: Any  # [subject, effect]
+    scale_tril: Any  # [subject, effect, effect]
 
 
 class Nodes(NamedTuple):
@@ -42,76 +42,121 @@ class Nodes(NamedTuple):
     log_weight: jax.Array  # [node, subject]
 
 
-def laplace(
-    likelihood: Callable[[jax.Array], jax.Array],
-    prior_mean: jax.Array,
-    prior_covariance: jax.Array,
-    start: jax.Array | None,
-    steps: int,
-    subjects: int,
+SCOUTS = 32  # points of the population at which modes are looked for
+
+
+def locate(
+    joint: Joint,
+    theta: jax.Array,
+    weights: Weights,
+    study: Study,
+    start: jax.Array,
+    scouts: jax.Array | int,
+    steps: jax.Array | int,
 ) -> Conditional:
-    """Modes and curvatures by damped Newton steps, all subjects at once.
+    """Modes and curvatures by damped Gauss-Newton steps (Levenberg-Marquardt).
+
+    With x(η) the parameters of the outcomes' laws, the curvature is
+
+        Ω⁻¹ - (∂x/∂η)ᵀ [∂² log p(y_i | x) / ∂x²] (∂x/∂η):
+
+    one forward derivative of the structural model, none of second order.
 
     Args:
-        likelihood: η `[subject, effect]` -> log p(y_i | η_i) `[subject]`.
-        prior_mean: μ, `[effect]`.
-        prior_covariance: Ω, `[effect, effect]`.
-        start: where to start, `[subject, effect]`; None: at the best of 64 points of N(μ, Ω), for
+        joint: the model.
+        theta: θ.
+        weights: weights of the flows.
+        study: the study.
+        start: η to start from, `[subject, effect]`.
+        scouts: at most `SCOUTS`: so many points of N(μ, Ω) are tried before the steps, for
             p(y_i | η) may have several modes (ka and CL/V may change places).
-        steps: Newton steps.
-        subjects: how many.
+        steps: how many.
     """
-    size = prior_mean.shape[0]
-    precision = jnp.linalg.inv(prior_covariance + 1e-10 * jnp.eye(size))
+    mean, covariance = joint.effect_moments(jax.random.key(0), theta, weights, study)
+    values, size = joint.constrain(theta), joint.effect_size
+    precision = _inverse(jnp.linalg.cholesky(covariance + 1e-10 * jnp.eye(size)))
+    precision = precision.T @ precision
+    away = mean + jnp.sqrt(jnp.diagonal(covariance)) * _normal_sobol(size, SCOUTS)
 
-    def objective(eta):
-        residual = eta - prior_mean
-        value = likelihood(eta) - 0.5 * jnp.einsum("sd,de,se->s", residual, precision, residual)
-        return jnp.where(jnp.isfinite(value), value, -jnp.inf)
+    def look(eta):
+        """log p(y_i | η) + log N(η; μ, Ω), its gradient and curvature."""
+        value, slope, curvature = _expand(lambda e: joint.predicted(values, weights, e, study), eta)
+        pull = (eta - mean) @ precision
+        value = value - 0.5 * jnp.sum(pull * (eta - mean), -1)
+        usable = jnp.isfinite(value) & jnp.all(jnp.isfinite(slope), -1)
+        usable &= jnp.all(jnp.isfinite(curvature), (-1, -2))
+        slope = jnp.where(usable[:, None], slope, 0.0) - pull
+        curvature = jnp.where(usable[:, None, None], curvature, 0.0) + precision
+        return jnp.where(jnp.isfinite(value), value, -jnp.inf), slope, curvature
 
-    if start is None:
-        z = jax.scipy.special.ndtri(jnp.clip(_sobol(size, 64), 1e-3, 1 - 1e-3)).at[0].set(0.0)
-        scale = jnp.sqrt(jnp.diagonal(prior_covariance))
-        points = prior_mean + scale * jnp.asarray(z)
-        scouted = jax.lax.map(
-            lambda e: objective(jnp.broadcast_to(e, (subjects, size))), points, batch_size=16
-        )
-        start = points[jnp.argmax(scouted, axis=0)]
+    def round(number, state):
+        eta, value, slope, curvature, damping = state
+        factor = _inverse(_cholesky(curvature + damping[:, None, None] * precision))
+        step = jnp.einsum("sde,sdf,sf->se", factor, factor, slope)
+        scouting = (number > 0) & (number <= scouts)
+        trial = jnp.where(scouting, away[jnp.clip(number - 1, 0, SCOUTS - 1)], eta + step)
+        found = look(trial)
+        better = found[0] > value
+        next_damping = jnp.where(better, 0.1 * damping, jnp.maximum(10 * damping, 0.1))
+        damping = jnp.where(number > scouts, next_damping, damping)
+        return *(
+            _where(better, a, b) for a, b in zip((trial, *found), state[:4], strict=True)
+        ), damping
 
-    def newton(eta):
-        """Gradient, and the eigendecomposition of minus the Hessian made positive."""
+    subjects = start.shape[0]
+    nowhere = (start, jnp.full(subjects, -jnp.inf), jnp.zeros_like(start))
+    empty = (*nowhere, jnp.broadcast_to(precision, (subjects, size, size)), jnp.zeros(subjects))
+    # Round 0 has slope 0: it looks at the start itself.
+    eta, _, _, curvature, _ = jax.lax.fori_loop(0, 1 + scouts + steps, round, empty)
+    # The lower triangular square root of the inverse, from the factor of the matrix reversed.
+    reverse = curvature[:, ::-1, ::-1]
+    tril = jnp.swapaxes(_inverse(_cholesky(reverse)), -1, -2)[:, ::-1, ::-1]
+    return Conditional(eta, tril)
 
-        def gradient(e):
-            return jax.grad(lambda x: jnp.sum(likelihood(x)))(e)
 
-        basis = jnp.broadcast_to(jnp.eye(size)[:, None], (size, *eta.shape))
-        push = jax.vmap(lambda v: jax.jvp(gradient, (eta,), (v,)), out_axes=(None, 0))
-        slope, hessian = push(basis)
-        curvature = precision - jnp.transpose(hessian, (1, 2, 0))
-        curvature = 0.5 * (curvature + jnp.swapaxes(curvature, 1, 2))
-        finite = jnp.all(jnp.isfinite(curvature), (1, 2)) & jnp.all(jnp.isfinite(slope), 1)
-        curvature = jnp.where(finite[:, None, None], curvature, precision)
-        slope = jnp.where(finite[:, None], slope, 0.0) - (eta - prior_mean) @ precision
-        values, vectors = jnp.linalg.eigh(curvature)
-        floor = 1e-3 * jnp.linalg.eigvalsh(precision)[0]
-        return slope, jnp.maximum(jnp.abs(values), floor), vectors
+def _expand(predicted: Callable, eta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """log p(y_i | η) `[subject]`, its gradient and its Gauss-Newton curvature."""
+    subjects, size = eta.shape
+    functions = []
 
-    fractions = jnp.array([1.0, 0.5, 0.2, 0.05, 0.01, 0.0])
+    def parameters(e):
+        x, log_prob = predicted(e)
+        functions.append(log_prob)
+        return x
 
-    def step(number, carry):
-        eta, *_ = carry
-        slope, values, vectors = newton(eta)
-        move = jnp.einsum("sde,se->sd", vectors, jnp.einsum("sde,sd->se", vectors, slope) / values)
-        # One round more than steps, for the curvature at the last point, in the same program text.
-        move = jnp.where(number < steps, move, 0.0)
-        tried = eta + fractions[:, None, None] * move
-        best = jnp.argmax(jax.vmap(objective)(tried), axis=0)
-        eta = jnp.take_along_axis(tried, best[None, :, None], axis=0)[0]
-        return eta, values, vectors
+    basis = jnp.broadcast_to(jnp.eye(size)[:, None], (size, subjects, size))
+    push = jax.vmap(lambda v: jax.jvp(parameters, (eta,), (v,)), out_axes=(None, 0))
+    x, slopes = push(basis)
+    log_prob = functions[-1]
+    gradient = jax.grad(lambda x: jnp.sum(log_prob(x)))
+    pull, bent = jax.vmap(lambda v: jax.jvp(gradient, (x,), (v,)), out_axes=(None, 0))(slopes)
+    slope, curvature = jnp.zeros(eta.shape), jnp.zeros((subjects, size, size))
+    for g, b, v in zip(pull, bent, slopes, strict=True):
+        if v.ndim > 1 and v.shape[1] == subjects:  # others do not depend on η
+            v, b = v.reshape(size, subjects, -1), b.reshape(size, subjects, -1)
+            slope += jnp.einsum("sx,dsx->sd", g.reshape(subjects, -1), v)
+            curvature -= jnp.einsum("dsx,esx->sde", b, v)
+    return log_prob(x), slope, curvature
 
-    empty = (start, jnp.zeros(start.shape), jnp.zeros((*start.shape, size)))
-    mode, values, vectors = jax.lax.fori_loop(0, steps + 1, step, empty)
-    return Conditional(mode, vectors / jnp.sqrt(values)[:, None, :])
+
+def _cholesky(matrix: jax.Array) -> jax.Array:
+    """Cholesky factors; of a matrix that is not positive definite, of the diagonal one that
+    bounds it (its absolute row sums)."""
+    factor = jnp.linalg.cholesky(matrix)
+    bound = jnp.sqrt(jnp.sum(jnp.abs(matrix), -1))[..., None] * jnp.eye(matrix.shape[-1])
+    failed = jnp.any(jnp.isnan(factor), (-1, -2), keepdims=True)
+    return jnp.where(failed, bound, factor)
+
+
+def _inverse(tril: jax.Array) -> jax.Array:
+    """The inverse of lower triangular matrices."""
+    eye = jnp.broadcast_to(jnp.eye(tril.shape[-1]), tril.shape)
+    return jax.lax.linalg.triangular_solve(tril, eye, left_side=True, lower=True)
+
+
+def _where(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.where` over the leading axis."""
+    return jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
 
 @cache
@@ -132,7 +177,7 @@ def quadrature(conditional: Conditional, order: int) -> Nodes:
     """Adaptive Gauss-Hermite nodes η_ik = m_i + L_i x_k (Pinheiro & Bates 1995)."""
     x, log_w = gauss_hermite(conditional.mean.shape[1], order)
     eta = conditional.mean + jnp.einsum("sde,ke->ksd", conditional.scale_tril, jnp.asarray(x))
-    return Nodes(eta, jnp.asarray(log_w)[:, None] + _log_det(conditional.scale_tril))
+    return Nodes(eta, jnp.asarray(log_w)[:, None] + log_det(conditional.scale_tril))
 
 
 class Component(NamedTuple):
@@ -161,8 +206,8 @@ def gaussian_law(mean: jax.Array, covariance: jax.Array, subjects: int) -> Compo
         return mean + jax.random.normal(key, (count, subjects, size)) @ tril.T
 
     def log_density(eta):
-        z = jnp.linalg.solve(tril, (eta - mean)[..., None])[..., 0]
-        return -0.5 * jnp.sum(z**2 + math.log(2 * math.pi), -1) - jnp.linalg.slogdet(tril)[1]
+        z = (eta - mean) @ _inverse(tril).T
+        return -0.5 * jnp.sum(z**2 + math.log(2 * math.pi), -1) - log_det(tril)
 
     return Component(draw, log_density)
 
@@ -202,8 +247,8 @@ def importance(
     z = jax.scipy.special.ndtri(jnp.clip(points, tiny, 1 - tiny))
     eta = jnp.concatenate([mean + jnp.einsum("sde,kse->ksd", tril, z), broad.draw(key_wide, wide)])
     log_wide = broad.log_density(eta)
-    whitened = jnp.linalg.solve(tril, jnp.moveaxis(eta - mean, 0, -1))  # [subject, effect, node]
-    log_near = -0.5 * jnp.sum(whitened**2 + math.log(2 * math.pi), 1).T - _log_det(tril)
+    whitened = jnp.einsum("sde,kse->ksd", _inverse(tril), eta - mean)
+    log_near = -0.5 * jnp.sum(whitened**2 + math.log(2 * math.pi), -1) - log_det(tril)
     log_q = jnp.logaddexp(math.log(near / count) + log_near, math.log(wide / count) + log_wide)
     return Nodes(eta, -log_q - math.log(count)), log_wide
 
@@ -238,6 +283,14 @@ def _sobol(size: int, count: int) -> np.ndarray:
     return qmc.Sobol(size, seed=0).random_base2(log2)[:count]
 
 
-def _log_det(tril: jax.Array) -> jax.Array:
-    """log |det| of each matrix, `[subject]`."""
-    return jnp.linalg.slogdet(tril)[1]
+@cache
+def _normal_sobol(size: int, count: int) -> np.ndarray:
+    """Points of N(0, I), the first one at 0, `[count, size]`."""
+    points = norm.ppf(np.clip(_sobol(size, count), 1e-3, 1 - 1e-3))
+    points[0] = 0.0
+    return points
+
+
+def log_det(tril: jax.Array) -> jax.Array:
+    """log det of lower triangular matrices, `[subject]`."""
+    return jnp.sum(jnp.log(jnp.diagonal(tril, axis1=-2, axis2=-1)), -1)

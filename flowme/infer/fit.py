@@ -30,7 +30,8 @@ class Fit:
         conditional: N(m_i, C_i) around each subject's p(η_i | y_i; θ); for a law that is not
             Gaussian, with a Gaussian of its moments in its place.
         log_likelihood: log p(y_i; θ), `[subject]`.
-        log_likelihood_se: Monte-Carlo standard error of each, `[subject]`.
+        log_likelihood_se: error of each, `[subject]`: the Monte-Carlo standard error, or by
+            quadrature the difference to the rule of the next lower order.
         information: minus the Hessian of the objective at θ; with a flow, the outer product of
             the subjects' scores, its weights held. None where it was not computed.
         history: the objective after each iteration.
@@ -40,6 +41,8 @@ class Fit:
         selection: for flows, the held-out log-likelihood after each number of updates, relative
             to none (the Gaussian), under the penalty that was chosen.
         selected: for flows, the number of updates chosen; 0: the Gaussian was kept.
+        outer: the outer product Σ_i s_i s_iᵀ of the subjects' scores s_i at θ.
+        method: how `log_likelihood` was found.
     """
 
     joint: Joint
@@ -56,6 +59,8 @@ class Fit:
     use_priors: bool = False
     selection: np.ndarray | None = None
     selected: int | None = None
+    outer: np.ndarray | None = None
+    method: str = "importance sampling"
 
     @property
     def params(self) -> dict[str, jax.Array]:

@@ -7,6 +7,7 @@ Subjects are independent given θ and w, so every function is written for all of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
+from numpyro.primitives import Messenger
 
 from flowme.effects import RandomEffect
 from flowme.roles import Roles, roles
@@ -27,10 +29,21 @@ Weights = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Joint:
-    """The joint density of `model`, whose sites play the roles `roles`."""
+    """The joint density of `model`, whose sites play the roles `roles`.
+
+    Two are equal when programs compiled for one serve the other.
+    """
 
     model: Callable
     roles: Roles
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Joint):
+            return NotImplemented
+        return self.model is other.model and self.signature == other.signature
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.signature))
 
     @classmethod
     def of(cls, model: Callable, study: Study) -> Joint:
@@ -46,11 +59,14 @@ class Joint:
             start += size
         return found
 
-    @property
+    @cached_property
     def signature(self) -> tuple:
         """What a compiled program of this model depends on besides the shape of its arguments."""
         roles = self.roles
-        shapes = tuple((name, site.shape, site.effect) for name, site in roles.population.items())
+        shapes = tuple(
+            (name, site.shape, site.effect, repr(site.support))
+            for name, site in roles.population.items()
+        )
         laws = tuple((name, type(law).__name__) for name, law in roles.laws.items())
         return shapes, laws, tuple(roles.weights), tuple(roles.effects.items()), roles.outcomes
 
@@ -117,6 +133,43 @@ class Joint:
         effect = sum((_log_prob(sites[name]) for name in self.roles.effects), zero)
         return likelihood, effect
 
+    def likelihood(
+        self, values: dict[str, jax.Array], weights: Weights, eta: jax.Array, study: Study
+    ) -> jax.Array:
+        """log p(y_i | η_i; θ), `[subject]`."""
+        x, log_prob = self.predicted(values, weights, eta, study)
+        # Kept apart, else XLA writes the structural model into every loop that reads x.
+        return log_prob(jax.lax.optimization_barrier(x))
+
+    def effect_density(
+        self, values: dict[str, jax.Array], weights: Weights, eta: jax.Array, study: Study
+    ) -> jax.Array:
+        """log p(η_i; θ), `[subject]`; the model is not followed beyond its random effects."""
+        zero = jnp.zeros(eta.shape[0])
+        sites = self._effect_sites(values, weights, eta, study)
+        return sum((_log_prob(site) for site in sites), zero)
+
+    def predicted(
+        self, values: dict[str, jax.Array], weights: Weights, eta: jax.Array, study: Study
+    ) -> tuple[list[jax.Array], Callable[[list[jax.Array]], jax.Array]]:
+        """The parameters x of the outcomes' laws (predictions, error sizes) and the function
+        x -> log p(y_i | x) `[subject]`."""
+        sites = self.sites(values, weights, eta, study)
+        outcomes = [sites[name] for name in self.roles.outcomes]
+        leaves, tree = jax.tree.flatten([site["fn"] for site in outcomes])
+        moving = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
+
+        def log_prob(x):
+            rest = iter(x)
+            laws = tree.unflatten(
+                [next(rest) if m else y for m, y in zip(moving, leaves, strict=True)]
+            )
+            zero = jnp.zeros(eta.shape[0])
+            terms = ({**site, "fn": law} for site, law in zip(outcomes, laws, strict=True))
+            return sum(map(_log_prob, terms), zero)
+
+        return [jnp.asarray(x) for x, m in zip(leaves, moving, strict=True) if m], log_prob
+
     def log_prior(self, theta: jax.Array, study: Study) -> jax.Array:
         """log p(θ) on the parameters' own scale, no Jacobian: the penalty of MAP estimation."""
         eta = jnp.zeros((study.subjects.size, self.effect_size))
@@ -135,8 +188,17 @@ class Joint:
     def laws(self, theta: jax.Array, weights: Weights, study: Study) -> list[Any]:
         """The distributions of the random effects, one per site, of batch shape `[subject]`."""
         eta = jnp.zeros((study.subjects.size, self.effect_size))
-        sites = self.sites(self.constrain(theta), weights, eta, study)
-        return [sites[name]["fn"] for name in self.roles.effects]
+        sites = self._effect_sites(self.constrain(theta), weights, eta, study)
+        return [site["fn"] for site in sites]
+
+    def _effect_sites(self, values, weights, eta, study) -> list[dict]:
+        """The sites of the random effects; the model is left once all of them are known."""
+        data = {**values, **weights, **self.split(eta)}
+        model = seed(substitute(self.model, data=data), jax.random.key(0))
+        seen = _Until(self.roles.effects)
+        with contextlib.suppress(_Known), seen:
+            model(study)
+        return [seen.sites[name] for name in self.roles.effects]
 
     def sample_effects(
         self, key: jax.Array, theta: jax.Array, weights: Weights, study: Study, count: int
@@ -172,6 +234,24 @@ class Joint:
         """Individual parameters by site, `[subject, parameter]`."""
         sites = self.sites(self.constrain(theta), weights, eta, study)
         return {name: sites[name]["value"] for name in self.roles.individual}
+
+
+class _Known(Exception):
+    """All sites that were asked for are known."""
+
+
+class _Until(Messenger):
+    """Notes some sites of a model, and leaves it once it has them all."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names, self.sites = set(names), {}
+
+    def postprocess_message(self, msg):
+        if msg.get("name") in self.names:
+            self.sites[msg["name"]] = msg.copy()
+            if len(self.sites) == len(self.names):
+                raise _Known
 
 
 def _log_prob(site: dict) -> jax.Array:

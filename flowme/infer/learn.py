@@ -36,7 +36,7 @@ from flowme.infer.conditional import (
     without_impossible,
 )
 from flowme.infer.joint import Joint, Weights
-from flowme.infer.newton import References, trust_region
+from flowme.infer.references import References
 from flowme.study import Study
 
 
@@ -194,8 +194,9 @@ class Learn(NamedTuple):
             select = select.at[joint.slices[name]].set(1.0)
         gradient = jax.grad(objective)(state.theta) * select
         hessian = jax.hessian(objective)(state.theta) * select[:, None] * select
-        move, *_ = trust_region(gradient, hessian - jnp.diag(1 - select), 0.2)
-        return theta + 0.5 * jnp.where(jnp.isfinite(move), move, 0.0)
+        values, vectors = jnp.linalg.eigh(hessian - jnp.diag(1 - select))
+        move = vectors @ (vectors.T @ gradient / jnp.maximum(jnp.abs(values), 1e-6))
+        return theta + jnp.clip(0.5 * jnp.where(jnp.isfinite(move), move, 0.0), -0.1, 0.1)
 
 
 class Block(NamedTuple):

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import logsumexp
+from scipy.special import logsumexp
 
-from flowme.infer.conditional import importance, laplace, likelihood_at, log_mean, population_law
+from flowme.infer.conditional import (
+    SCOUTS,
+    importance,
+    likelihood_at,
+    locate,
+    log_mean,
+    population_law,
+)
+from flowme.infer.evaluate import CHUNK, LARGEST, Engine, Evaluation, chunks, evaluate
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
 from flowme.study import Study
@@ -21,6 +31,7 @@ class MarginalLikelihood(NamedTuple):
 
     log_likelihood: np.ndarray
     standard_error: np.ndarray
+    method: str = "importance sampling"
 
     @property
     def total(self) -> float:
@@ -74,25 +85,70 @@ def estimate_marginal(
     """`marginal_log_likelihood` of `joint` at θ and these flow weights."""
     if replicates < 2:
         raise ValueError(f"expected at least 2 replicates for a standard error; got {replicates}.")
-    values = _replicates(joint, points, replicates, key, theta, weights, study)
-    mean = logsumexp(values, axis=0) - jnp.log(replicates)
-    relative = jnp.exp(values - mean)
-    error = jnp.std(relative, axis=0, ddof=1) / jnp.sqrt(replicates)
-    return MarginalLikelihood(np.asarray(mean), np.asarray(error))
+    parts = [
+        np.asarray(_replicates(joint, points, replicates, k, theta, weights, part))[:, : len(rows)]
+        for k, (rows, _, part) in zip(_keys(key), chunks(study), strict=False)
+    ]
+    values = np.concatenate(parts, axis=1)
+    mean = logsumexp(values, axis=0) - np.log(replicates)
+    error = np.std(np.exp(values - mean), axis=0, ddof=1) / np.sqrt(replicates)
+    return MarginalLikelihood(mean, error)
+
+
+def _keys(key: jax.Array) -> Iterator[jax.Array]:
+    return (jax.random.fold_in(key, number) for number in itertools.count())
+
+
+def by_quadrature(
+    engine: Engine,
+    theta: np.ndarray,
+    study: Study,
+    found: Evaluation,
+    order: int,
+    *,
+    tolerance: float = 1e-3,
+    chunk: int = CHUNK,
+) -> MarginalLikelihood:
+    """log p(y_i; θ) by adaptive Gauss-Hermite quadrature (Pinheiro & Bates 1995).
+
+    From the rule of `order`, with which `found` was evaluated, orders rise by two until the total
+    changes by less than `tolerance`, or to the highest that the engine has room for; the error is
+    the last change. Of a study beyond four chunks the change is found on one chunk of subjects,
+    spread over it, and the values stay those of `order`.
+    """
+
+    def values(study: Study, modes: np.ndarray, order: int) -> np.ndarray:
+        at = evaluate(
+            engine, jax.random.key(0), theta, {}, study, modes, order=order, chunk=chunk
+        )  # fmt: skip
+        return at.log_likelihood
+
+    most, size = LARGEST[engine.joint.effect_size], study.subjects.size
+    now, modes = found.log_likelihood, found.conditional.mean
+    text = "adaptive Gauss-Hermite quadrature, {} nodes per effect"
+    if size > 4 * chunk:
+        some = spread(size, chunk)
+        change = values(study.subset(some), modes[some], most) - now[some]
+        # Such that the total, which is off by `size` times the mean change, has this error.
+        error = np.full(size, np.sqrt(size) * abs(np.mean(change)))
+        return MarginalLikelihood(now, error, text.format(order))
+    error = np.full(size, np.inf)
+    while order < most and np.all(np.isfinite(now)) and not error.sum() < tolerance:
+        order = min(order + 2, most)
+        before, now = now, values(study, modes, order)
+        error = np.abs(now - before)
+    return MarginalLikelihood(now, error, text.format(order))
+
+
+def spread(size: int, count: int) -> np.ndarray:
+    """`count` of `size` subjects, spread evenly over them."""
+    return np.unique(np.linspace(0, size - 1, count).astype(int))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _replicates(joint: Joint, points: int, replicates: int, key, theta, weights, study) -> Any:
-    values = joint.constrain(theta)
-    mean, covariance = joint.effect_moments(jax.random.key(0), theta, weights, study)
-    conditional = laplace(
-        lambda eta: joint.terms(values, weights, eta, study)[0],
-        mean,
-        covariance,
-        None,
-        20,
-        study.subjects.size,
-    )
+    start = jnp.zeros((study.subjects.size, joint.effect_size))
+    conditional = locate(joint, theta, weights, study, start, SCOUTS, 20)
     broad = population_law(joint, theta, weights, study)
 
     def replicate(key):

@@ -15,16 +15,15 @@ from tqdm.auto import tqdm
 
 from flowme.effects import GaussianRandomEffect, MixtureRandomEffect, RandomEffect
 from flowme.infer.conditional import Conditional
+from flowme.infer.evaluate import CHUNK, Engine, scores
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, start_weights
 from flowme.infer.learn import Block, Learn, LearnState, side_by_side
-from flowme.infer.marginal import estimate_marginal
-from flowme.infer.newton import Newton, NewtonState, References, references
+from flowme.infer.marginal import MarginalLikelihood, by_quadrature, estimate_marginal, spread
+from flowme.infer.newton import ORDER, Newton, NewtonState
+from flowme.infer.references import References, find
 from flowme.primitives import replace_effect
 from flowme.study import Study
-
-# Gauss-Hermite nodes per effect, by number of effects; beyond, importance sampling.
-_ORDER = {1: 15, 2: 9, 3: 5, 4: 4}
 
 _BLOCK = 5  # updates of a flow in one compiled call, between two moves of the progress bar
 _INNER = 10  # optimiser steps per update
@@ -57,11 +56,15 @@ class VariationalEM:
         tolerance: the iteration has converged when a full step is expected to add less than this
             to the log-likelihood.
         max_iterations: of the Newton iteration.
-        points: importance points per subject, where quadrature does not serve (laws that are not
-            Gaussian, more than four effects).
+        starts: how many starting values are tried: the model's and others about a factor of 2
+            away; by default 3 for a study of at most `chunk` subjects that is integrated by
+            quadrature, else 1. The best end is reported, and so is disagreement.
+        points: importance points per subject (a multiple of 32), where quadrature does not serve:
+            laws that are not Gaussian, more than four effects.
         flow_updates: at most so many updates of a flow.
         folds: folds over subjects that choose when to stop a flow; 0: never stop early. The best
             held-out gain is a maximum over updates and penalties, hence a little optimistic.
+        chunk: subjects evaluated together: memory grows with it, not with the study.
         optimizer: optax optimiser of the flow's weights; by default Adam whose rate falls from
             .02 along a cosine.
 
@@ -77,11 +80,15 @@ class VariationalEM:
         use_priors: bool = False,
         tolerance: float = 1e-3,
         max_iterations: int = 100,
+        starts: int | None = None,
         points: int = 256,
         flow_updates: int = 40,
         folds: int = 4,
+        chunk: int = CHUNK,
         optimizer: optax.GradientTransformation | None = None,
     ):
+        if points < 32 or points % 32:
+            raise ValueError(f"expected points to be a multiple of 32; got {points}.")
         if not callable(model):
             raise TypeError(f"expected a model, a function of a study; got {model!r}.")
         if folds == 1 or folds < 0:
@@ -90,9 +97,11 @@ class VariationalEM:
         self.use_priors = use_priors
         self.tolerance = tolerance
         self.max_iterations = max_iterations
+        self.starts = starts
         self.points = points
         self.flow_updates = flow_updates
         self.folds = folds
+        self.chunk = chunk
         if optimizer is None:
             optimizer = optax.adam(optax.cosine_decay_schedule(2e-2, _INNER * flow_updates, 0.05))
         self.optimizer = optimizer
@@ -103,30 +112,31 @@ class VariationalEM:
         joint = Joint.of(self.model, study)
         theta, weights = joint.unconstrain(init or {}), start_weights(joint)
         newton = self._newton(joint, theta, weights, study)
-        state = self._run(newton, "start")(key, theta, weights, study)
+        state = newton.start(key, theta, weights, study)
         if not weights:
             return VEMState(key, weights, newton, state)
-        learn = self._learn(joint, newton.references)
-        return VEMState(key, weights, learn, learn.start(theta, weights, state.conditional))
+        learn = self._learn(joint, newton.engine.references)
+        start = learn.start(theta, weights, state.evaluation.conditional)
+        return VEMState(key, weights, learn, start)
 
     def update(self, state: VEMState, study: Study) -> tuple[VEMState, jax.Array]:
         """One iteration: a Newton step or, for a flow, an EM update; and minus the objective."""
-        if isinstance(state.engine, Newton):
-            inner = self._run(state.engine, "step")(state.key, state.inner, state.weights, study)
+        if isinstance(state.engine, Newton) and isinstance(state.inner, NewtonState):
+            inner = state.engine.step(state.key, state.inner, state.weights, study)
             state = state._replace(inner=inner)
-        else:
-            key, key_update = jax.random.split(state.key)
+        elif isinstance(state.engine, Learn):
+            learn, (key, key_update) = state.engine, jax.random.split(state.key)
             everyone = jnp.ones(study.subjects.size)
-            program = self._run(state.engine, "update")
-            inner = program(key_update, state.inner, everyone, _DEPENDENCE[0], study)
-            state = state._replace(key=key, inner=inner)
+            program = self._program((state.engine, "update"), lambda: learn.update)
+            learned = program(key_update, state.inner, everyone, _DEPENDENCE[0], study)
+            state = state._replace(key=key, inner=learned)
         return state, self.evaluate(state)
 
     def evaluate(self, state: VEMState, study: Study | None = None) -> jax.Array:
         """Minus the objective at the state (for a flow: before its last update)."""
         del study
         if isinstance(state.inner, NewtonState):
-            return -state.inner.objective
+            return jnp.asarray(-state.inner.objective)
         return -jnp.sum(state.inner.log_likelihood)
 
     def run(
@@ -168,39 +178,70 @@ class VariationalEM:
     # The Newton iteration.
 
     def _newton(self, joint: Joint, theta, weights, study: Study) -> Newton:
-        order = 0
         laws = joint.roles.laws
-        if all(isinstance(laws.get(name), GaussianRandomEffect) for name in joint.roles.effects):
-            order = _ORDER.get(joint.effect_size, 0)
-        found = references(joint, theta, weights, study)
-        return Newton(joint, found, order, self.points, self.use_priors)
+        gaussian = all(
+            isinstance(laws.get(name), GaussianRandomEffect) for name in joint.roles.effects
+        )
+        points = 0 if gaussian and joint.effect_size in ORDER else self.points
+        found = find(joint, theta, weights, study)
+        return Newton(Engine(joint, found, points), self.use_priors, self.chunk)
 
     def _climb(self, key, joint: Joint, values, study: Study, progress: bool) -> _Course:
-        """Newton steps to the maximum."""
+        """Newton steps to the maximum: from several starts where the study is small, and first on
+        some of the subjects where it is large."""
         theta, weights = joint.unconstrain(values), start_weights(joint)
         newton = self._newton(joint, theta, weights, study)
-        state = self._run(newton, "start")(key, theta, weights, study)
-        step, history, converged = self._run(newton, "step"), [float(state.objective)], False
-        why = f"not converged after {self.max_iterations} iterations: raise max_iterations"
         title = "VariationalEM, " + ", ".join(type(v).__name__ for v in joint.roles.laws.values())
+        history: list[float] = []
+        courses: list[_Course] = []
         with tqdm(total=None, desc=title, disable=not progress) as bar:
-            try:
-                for _ in range(self.max_iterations):
-                    state = step(key, state, weights, study)
-                    history.append(float(state.objective))
-                    bar.update()
-                    bar.set_postfix_str(f"-2LL {-2 * history[-1]:.3f}, gain {state.gain:.1e}")
-                    if bool(state.accepted) and float(state.gain) < self.tolerance:
-                        converged, why = True, ""
-                        break
-                    if not np.isfinite(history[-1]) and len(history) > 5:
-                        why = "stopped: the marginal likelihood is not finite"
-                        break
-            except KeyboardInterrupt:
-                why = f"stopped by the user after {len(history) - 1} iterations"
-        return _Course(
-            joint, state.theta, weights, state.conditional, history, converged, why, newton
-        )
+            count = self.chunk
+            while study.subjects.size >= 2 * count:
+                some = study.subset(spread(study.subjects.size, count))
+                state, *_ = self._ascend(key, newton, theta, weights, some, history, bar)
+                theta, count = state.theta, 16 * count
+            for start in self._starts(key, newton, np.asarray(theta), study):
+                history = []
+                state, converged, why = self._ascend(
+                    key, newton, start, weights, study, history, bar
+                )
+                courses.append(
+                    _Course(joint, jnp.asarray(state.theta), weights, state.evaluation.conditional,
+                            history, converged, why, newton, state)
+                )  # fmt: skip
+                if "user" in why:
+                    break
+        best = max(courses, key=lambda c: np.nan_to_num(c.history[-1], nan=-np.inf))
+        return best._replace(messages=_disagreement(best, courses, self.tolerance))
+
+    def _starts(self, key, newton: Newton, theta: np.ndarray, study: Study) -> list[np.ndarray]:
+        """The start, and others a factor of 2 or so away from it."""
+        small = study.subjects.size <= self.chunk and newton.engine.points == 0
+        count = self.starts if self.starts is not None else (3 if small else 1)
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        return [theta, *(theta + 0.7 * rng.normal(size=(count - 1, theta.size)))]
+
+    def _ascend(self, key, newton, theta, weights, study, history, bar):
+        """Newton steps from θ until a full one is expected to add less than the tolerance."""
+        state = newton.start(key, theta, weights, study)
+        history.append(state.objective)
+        why = f"not converged after {self.max_iterations} iterations: raise max_iterations"
+        try:
+            for _ in range(self.max_iterations):
+                done = state.near and state.gain < self.tolerance
+                if done and study.subjects.size > 4 * self.chunk:
+                    return state, True, ""
+                state = newton.step(key, state, weights, study)  # squares what was left
+                history.append(state.objective)
+                bar.update()
+                bar.set_postfix_str(f"-2LL {-2 * history[-1]:.3f}, gain {state.gain:.1e}")
+                if done:
+                    return state, True, ""
+                if not np.isfinite(history[-1]) and len(history) > 5:
+                    return state, False, "stopped: the marginal likelihood is not finite"
+        except KeyboardInterrupt:
+            why = f"stopped by the user after {len(history) - 1} iterations"
+        return state, False, why
 
     # The flow.
 
@@ -213,7 +254,7 @@ class VariationalEM:
         For every penalty on dependence, the folds and the fit to all subjects run side by side;
         the latter is read off where the former are best.
         """
-        learn = self._learn(joint, first.newton.references)
+        learn = self._learn(joint, first.newton.engine.references)
         start = learn.start(joint.unconstrain(values), weights, first.conditional)
         key_fold, key_run = jax.random.split(key)
         plan = _Plan.of(key_fold, learn, study.subjects.size, self.folds)
@@ -258,8 +299,8 @@ class VariationalEM:
         return _Course(
             joint, theta, weights, conditional, [*first.history, *climbed], converged, why,
             first.newton if update == 0
-            else Newton(joint, learn.references, 0, self.points, self.use_priors),
-            selection, update,
+            else Newton(Engine(joint, learn.references, 64), self.use_priors, self.chunk),
+            first.state, selection, update,
         )  # fmt: skip
 
     # The end.
@@ -267,9 +308,10 @@ class VariationalEM:
     def _finish(self, key, course: _Course, study: Study) -> Fit:
         key_marginal, key_information = jax.random.split(key)
         joint, theta, weights = course.joint, course.theta, course.weights
-        marginal = estimate_marginal(key_marginal, joint, theta, weights, study)
-        information = self._information(key_information, course, study)
+        marginal = self._marginal(key_marginal, course, study)
+        information, outer = self._information(key_information, course, study)
         messages = [course.why] if course.why else []
+        messages += course.messages
         messages += _failed(marginal.log_likelihood, joint, course, study)
         return Fit(
             joint=joint,
@@ -286,26 +328,34 @@ class VariationalEM:
             use_priors=self.use_priors,
             selection=course.selection,
             selected=course.selected,
+            outer=outer,
+            method=marginal.method,
         )
 
-    def _information(self, key, course: _Course, study: Study) -> np.ndarray:
-        """Observed information of θ; with a flow, the outer product of the subjects' scores."""
-        state = NewtonState(course.theta, course.conditional, *([jnp.zeros(())] * 5))
-        weights = start_weights(course.newton.joint)  # none where a flow stayed the Gaussian
-        if weights:  # second derivatives through the flow cost more than they tell
-            newton = course.newton._replace(points=64)
-            scores = np.asarray(self._run(newton, "scores")(key, state, course.weights, study))
-            return scores.T @ scores
-        program = self._run(course.newton, "derivatives")
-        return -np.asarray(program(key, state, weights, study)[1])
+    def _marginal(self, key, course: _Course, study: Study) -> MarginalLikelihood:
+        """The likelihood to report: by quadrature of higher order where there is quadrature."""
+        if course.newton.engine.points or course.selected:
+            return estimate_marginal(key, course.joint, course.theta, course.weights, study)
+        return by_quadrature(
+            course.newton.engine, np.asarray(course.theta), study, course.state.evaluation,
+            ORDER[course.joint.effect_size][course.state.near], chunk=self.chunk,
+        )  # fmt: skip
 
-    def _run(self, engine: Newton | Learn, method: str) -> Callable:
-        return self._program((engine, method), lambda: getattr(engine, method))
+    def _information(self, key, course: _Course, study: Study):
+        """Observed information of θ and the outer product of the subjects' scores; for a learned
+        flow the latter alone, in both places."""
+        if not course.selected:
+            return -course.state.hessian, course.state.evaluation.outer
+        found = np.asarray(
+            scores(course.newton.engine, key, course.theta, course.weights, study,
+                   course.conditional)
+        )  # fmt: skip
+        return found.T @ found, found.T @ found
 
     def _program(self, key: tuple, make: Callable) -> Callable:
         """The compiled program of an engine, kept for studies of the same shape."""
         engine, *rest = key
-        name = (type(engine), engine.joint.signature, engine.references, *rest)
+        name = (type(engine), engine.joint, engine.references, *rest)
         if name not in self._programs:
             self._programs[name] = jax.jit(make())
         return self._programs[name]
@@ -322,8 +372,23 @@ class _Course(NamedTuple):
     converged: bool
     why: str
     newton: Newton
+    state: NewtonState  # where the Newton iteration ended
     selection: np.ndarray | None = None
     selected: int | None = None
+    messages: tuple[str, ...] = ()
+
+
+def _disagreement(best: _Course, courses: list[_Course], tolerance: float) -> tuple[str, ...]:
+    """A message when other starts ended elsewhere."""
+    ends = np.array([c.history[-1] for c in courses if c.converged])
+    lower = best.history[-1] - ends > 10 * tolerance
+    if len(courses) == 1 or not np.any(lower):
+        return ()
+    return (
+        f"{np.sum(lower)} of {len(courses)} starts ended in a lower maximum (-2LL higher by "
+        f"{', '.join(f'{2 * (best.history[-1] - e):.2f}' for e in ends[lower])}); the best one is "
+        "reported. The likelihood has several maxima: check the starting values.",
+    )
 
 
 def _needs_start(law: dist.Distribution) -> bool:

@@ -1,0 +1,371 @@
+"""The marginal log-likelihood of a study with its gradient and Hessian, some subjects at a time.
+
+With nodes η_ik and weights v_ik held at what they are at θ₀ (`flowme.infer.conditional`),
+
+    ℓ_i(θ) = log Σ_k v_ik p(y_i | η_ik; θ) p(η_ik; θ)
+
+has the value, gradient and Hessian of log p(y_i; θ) at θ₀ (Fisher's and Louis's identities):
+with π_ik the normalised terms and g_ik, H_ik the derivatives of log p(y_i | η_ik) p(η_ik),
+
+    ∇ℓ_i = Σ_k π_ik g_ik,      ∇²ℓ_i = Σ_k π_ik (H_ik + g_ik g_ikᵀ) - ∇ℓ_i ∇ℓ_iᵀ.
+
+When a population parameter enters only by its sum with a random effect (log ka + η_ka), the nodes
+move with it: ψ, and hence p(y_i | ψ), stay as they are and only p(η; θ) is differentiated. So an
+ODE is solved once per node, whatever the number of parameters (`flowme.infer.references`).
+
+One compiled program serves every chunk of every study of the same model, with any number of nodes:
+both are arguments. Memory does not grow with the number of subjects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowme.infer.conditional import (
+    SCOUTS,
+    Conditional,
+    gauss_hermite,
+    gaussian_law,
+    importance,
+    locate,
+    log_det,
+    log_mean,
+    population_law,
+)
+from flowme.infer.joint import Joint, Weights
+from flowme.infer.references import References
+from flowme.study import Study
+
+CHUNK = 256  # subjects in one call of the compiled program
+LARGEST = {1: 31, 2: 15, 3: 9, 4: 7}  # nodes per effect the program has room for
+_BLOCK = 32  # nodes evaluated together
+
+
+class Engine(NamedTuple):
+    """What an evaluation is compiled for.
+
+    Attributes:
+        joint: the model.
+        references: what `references.find` found.
+        points: importance nodes per subject; 0 for adaptive Gauss-Hermite quadrature.
+    """
+
+    joint: Joint
+    references: References
+    points: int
+
+
+class Evaluation(NamedTuple):
+    """log p(y_i; θ) of all subjects and the derivatives of their sum; NumPy arrays from
+    `evaluate`, JAX ones inside its program."""
+
+    conditional: Conditional  # mode and curvature of each p(η_i | y_i; θ)
+    mean: Any  # E(η_i | y_i; θ), [subject, effect]
+    covariance: Any  # Cov(η_i | y_i; θ), [subject, effect, effect]
+    log_likelihood: Any  # [subject]
+    gradient: Any  # [parameter]
+    hessian: Any  # [parameter, parameter]
+    outer: Any  # Σ_i ∇ℓ_i ∇ℓ_iᵀ, [parameter, parameter]
+
+
+def chunks(study: Study, size: int = CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray, Study]]:
+    """The study in parts of `size` subjects, the last one filled up with its first subject.
+
+    Yields:
+        Rows of the subjects, whether each counts (`[size]`), and their part of the study.
+    """
+    count = study.subjects.size
+    for first in range(0, count, size):
+        rows = np.arange(first, min(first + size, count))
+        filled = np.resize(rows, min(size, count))
+        yield rows, np.arange(len(filled)) < len(rows), _rows(study, filled)
+
+
+def _rows(tree: Any, rows: np.ndarray) -> Any:
+    return jax.tree.map(lambda x: x[rows], tree)
+
+
+def evaluate(
+    engine: Engine,
+    key: jax.Array,
+    theta: np.ndarray,
+    weights: Weights,
+    study: Study,
+    start: np.ndarray | None = None,
+    *,
+    order: int = 0,
+    steps: int = 2,
+    chunk: int = CHUNK,
+) -> Evaluation:
+    """The marginal log-likelihood at θ with its derivatives.
+
+    Args:
+        engine: the model, and what is known of it.
+        key: random key of the importance nodes; is consumed.
+        theta: θ, `[parameter]`.
+        weights: weights of the flows.
+        study: the study.
+        start: where modes are looked for, `[subject, effect]`; None: at η = 0 and at `SCOUTS`
+            points of the population (of a study beyond four chunks, a quarter of them).
+        order: Gauss-Hermite nodes per effect.
+        steps: Newton steps towards the modes.
+        chunk: subjects in one call of the compiled program.
+    """
+    many = study.subjects.size > 4 * chunk
+    scouts = 0 if start is not None else SCOUTS // 4 if many else SCOUTS
+    points, log_weight, blocks = _rule(engine.joint.effect_size, order) if order else _none(engine)
+    parts = []
+    for number, (rows, counts, part) in enumerate(chunks(study, chunk)):
+        own = np.zeros((len(counts), engine.joint.effect_size))
+        if start is not None:
+            own[: len(rows)] = start[rows]
+        found = _evaluate(
+            engine, jax.random.fold_in(key, number), theta, weights, part, counts, own, scouts,
+            steps, points, log_weight, blocks,
+        )  # fmt: skip
+        found = jax.tree.map(np.asarray, found)
+        parts.append([*(_rows(x, np.arange(len(rows))) for x in found[:4]), *found[4:]])
+    joined = zip(*parts, strict=True)
+    each = [jax.tree.map(lambda *x: np.concatenate(x), *next(joined)) for _ in range(4)]
+    return Evaluation(*each, *(np.sum(x, axis=0) for x in joined))
+
+
+@cache
+def _rule(size: int, order: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Gauss-Hermite nodes and log weights in blocks, and how many blocks count."""
+    most = -(-(LARGEST[size] ** size) // _BLOCK)
+    grid, log_weight = gauss_hermite(size, order)
+    points, logs = np.zeros((most * _BLOCK, size)), np.full(most * _BLOCK, -np.inf)
+    points[: len(grid)], logs[: len(grid)] = grid, log_weight
+    shape = (most, _BLOCK)
+    return points.reshape(*shape, size), logs.reshape(shape), -(-len(grid) // _BLOCK)
+
+
+def _none(engine: Engine) -> tuple[np.ndarray, np.ndarray, int]:
+    return np.zeros((0, _BLOCK, engine.joint.effect_size)), np.zeros((0, _BLOCK)), 0
+
+
+class _Sums(NamedTuple):
+    """Means over a subject's nodes under π_ik; derivatives by the two parts of θ."""
+
+    log_likelihood: jax.Array  # [subject]
+    first: jax.Array  # ∇ℓ_i, [subject, part]
+    second: jax.Array  # Σ_k π_ik (H_ik + g_ik g_ikᵀ), [subject, part, part]
+    away: jax.Array  # E η_i - m_i, [subject, effect]
+    spread: jax.Array  # E (η_i - m_i)(η_i - m_i)ᵀ, [subject, effect, effect]
+
+
+@partial(jax.jit, static_argnums=0)
+def _evaluate(
+    engine, key, theta, weights, study, counts, start, scouts, steps, points, log_weight, blocks
+) -> Evaluation:
+    """`evaluate` for one chunk."""
+    conditional = locate(engine.joint, theta, weights, study, start, scouts, steps)
+    if engine.points:
+        found = _by_importance(engine, key, theta, weights, study, conditional)
+    else:
+        rule = points, log_weight, blocks
+        found = _by_quadrature(engine, theta, weights, study, conditional, *rule)
+    covariance = found.spread - found.away[:, :, None] * found.away[:, None, :]
+    into = _places(engine)
+    score = jnp.where(counts[:, None], found.first @ into, 0.0)
+    second = jnp.where(counts[:, None, None], found.second, 0.0).sum(0)
+    outer = score.T @ score
+    return Evaluation(
+        conditional, conditional.mean + found.away, covariance, found.log_likelihood,
+        score.sum(0), into.T @ second @ into - outer, outer,
+    )  # fmt: skip
+
+
+def _places(engine: Engine) -> np.ndarray:
+    """1 where an element of the two parts of θ, that of the likelihood and that of the density of
+    the random effects, is parameter a, `[part, parameter]`."""
+    joint, references = engine.joint, engine.references
+    parts = [references.of_likelihood(joint), references.of_density(joint)]
+    return np.eye(joint.size)[np.concatenate(parts)]
+
+
+def _by_quadrature(engine, theta, weights, study, conditional, points, log_weight, blocks) -> _Sums:
+    """Nodes η_ik = m_i + L_i z_k; for Gaussian effects.
+
+    Their log density is c_i(θ)ᵀ T(z_k) with T(z) = (1, z, z zᵀ): its derivatives need those of c
+    and the means of T Tᵀ alone, and no node's own.
+    """
+    joint, references = engine.joint, engine.references
+    mean, tril = conditional
+    subjects, d = mean.shape
+    likelihood, density = shifted(joint, references, theta, weights, study)
+    c, c1, c2 = _second_order(
+        lambda part: _coefficients(
+            lambda z: density(part, (mean + jnp.einsum("sde,se->sd", tril, z))[None])[0], mean.shape
+        ),
+        theta[references.of_density(joint)],
+    )
+    free = theta[references.of_likelihood(joint)]
+
+    def add(number, sums):
+        top, squares, cross, own = sums
+        z, T = points[number], _features(points[number])
+        eta = mean + jnp.einsum("sde,ke->ksd", tril, z)
+        f, f1, f2 = _second_order(lambda part: likelihood(part, eta), free)
+        value = f + T @ c.T + log_weight[number][:, None]
+        new, fade, w = _weigh(top, value)
+        f1 = jnp.where(w[..., None] > 0, f1, 0.0)
+        f2 = jnp.where(w[..., None, None] > 0, f2, 0.0)
+        weighted = w[..., None] * f1
+        squared = w.T @ (T[:, :, None] * T[:, None, :]).reshape(len(T), -1)
+        return (
+            new,
+            fade[:, None] * squares + squared,
+            fade[:, None, None] * cross + jnp.einsum("ksp,kt->spt", weighted, T),
+            fade[:, None, None] * own
+            + jnp.einsum("ksp,ksq->spq", weighted, f1) + jnp.einsum("ks,kspq->spq", w, f2),
+        )  # fmt: skip
+
+    t, q = c.shape[1], free.size
+    shapes = [(t * t,), (q, t), (q, q)]
+    empty = (jnp.full(subjects, -jnp.inf), *(jnp.zeros((subjects, *shape)) for shape in shapes))
+    top, squares, cross, own = jax.lax.fori_loop(0, blocks, add, empty)
+    total = squares[:, 0]
+    squares = (squares / total[:, None]).reshape(subjects, t, t)
+    cross, own = cross / total[:, None, None], own / total[:, None, None]
+    side = cross @ c1
+    both = jnp.einsum("st,stpq->spq", squares[:, 0], c2)
+    both += jnp.einsum("stp,stu,suq->spq", c1, squares, c1)
+    return _Sums(
+        top + jnp.log(total) + log_det(tril),
+        jnp.concatenate([cross[:, :, 0], jnp.einsum("st,stp->sp", squares[:, 0], c1)], 1),
+        jnp.block([[own, side], [jnp.swapaxes(side, 1, 2), both]]),
+        jnp.einsum("sde,se->sd", tril, squares[:, 0, 1 : 1 + d]),
+        jnp.einsum("sde,sef,sgf->sdg", tril, squares[:, 1 : 1 + d, 1 : 1 + d], tril),
+    )
+
+
+def _features(z: jax.Array) -> jax.Array:
+    """T(z) = (1, z_j, z_j z_k for j <= k), `[node, feature]`."""
+    j, k = np.triu_indices(z.shape[1])
+    return jnp.concatenate([jnp.ones((len(z), 1)), z, z[:, j] * z[:, k]], 1)
+
+
+def _coefficients(function: Callable[[jax.Array], jax.Array], shape: tuple[int, int]) -> jax.Array:
+    """c with function(z) = cᵀ T(z), `[subject, feature]`, of a quadratic function of
+    z `[subject, effect]`."""
+    j, k = np.triu_indices(shape[1])
+    zero = jnp.zeros(shape)
+    gradient = jax.grad(lambda z: jnp.sum(function(z)))
+    basis = jnp.broadcast_to(jnp.eye(shape[1])[:, None], (shape[1], *shape))
+    slope, hessian = jax.vmap(lambda v: jax.jvp(gradient, (zero,), (v,)), out_axes=(None, 0))(basis)
+    bent = hessian[j, :, k].T * np.where(j == k, 0.5, 1.0)
+    return jnp.concatenate([function(zero)[:, None], slope, bent], 1)
+
+
+def _by_importance(engine, key, theta, weights, study, conditional) -> _Sums:
+    """Importance nodes; for any law."""
+    joint, references = engine.joint, engine.references
+    mean = conditional.mean
+    subjects, effects = mean.shape
+    moments = joint.effect_moments(jax.random.key(0), theta, weights, study)
+    broad = gaussian_law(moments[0], moments[1], subjects)
+    nodes, _ = importance(key, conditional, broad, engine.points)
+    likelihood, density = shifted(joint, references, theta, weights, study)
+    free, own = (theta[x] for x in (references.of_likelihood(joint), references.of_density(joint)))
+
+    def add(number, sums):
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=number * _BLOCK, slice_size=_BLOCK)
+        eta, away = cut(nodes.eta), cut(nodes.eta) - mean
+        f, f1, f2 = _second_order(lambda part: likelihood(part, eta), free)
+        g, g1, g2 = _second_order(lambda part: density(part, eta), own)
+        new, fade, w = _weigh(sums[0], f + g + cut(nodes.log_weight))
+        gradient = jnp.where(w[..., None] > 0, jnp.concatenate([f1, g1], -1), 0.0)
+        curved = [
+            jnp.einsum("ks,kspq->spq", w, jnp.where(w[..., None, None] > 0, h, 0.0))
+            for h in (f2, g2)
+        ]
+        added = (
+            w.sum(0),
+            jnp.einsum("ks,ksp->sp", w, gradient),
+            jnp.einsum("ksp,ksq->spq", w[..., None] * gradient, gradient)
+            + jax.vmap(jax.scipy.linalg.block_diag)(*curved),
+            jnp.einsum("ks,ksd->sd", w, away),
+            jnp.einsum("ksd,kse->sde", w[..., None] * away, away),
+        )
+        return new, *(_wide(fade, a) * a + b for a, b in zip(sums[1:], added, strict=True))
+
+    p = free.size + own.size
+    shapes = [(), (p,), (p, p), (effects,), (effects, effects)]
+    empty = (jnp.full(subjects, -jnp.inf), *(jnp.zeros((subjects, *shape)) for shape in shapes))
+    top, total, *sums = jax.lax.fori_loop(0, engine.points // _BLOCK, add, empty)
+    return _Sums(top + jnp.log(total), *(x / _wide(total, x) for x in sums))
+
+
+@partial(jax.jit, static_argnums=0)
+def scores(engine: Engine, key, theta, weights, study, conditional) -> jax.Array:
+    """∇ log p(y_i; θ) of every subject, `[subject, parameter]`, the weights of flows held."""
+    joint, references = engine.joint, engine.references
+    broad = population_law(joint, theta, weights, study)
+    nodes, _ = importance(key, conditional, broad, engine.points)
+    likelihood, density = shifted(joint, references, theta, weights, study)
+    free, own = references.of_likelihood(joint), references.of_density(joint)
+
+    def marginal(theta):
+        f = likelihood(theta[free], nodes.eta)
+        return log_mean(f, density(theta[own], nodes.eta), nodes.log_weight)
+
+    return jax.jacfwd(marginal)(theta)
+
+
+def _weigh(top, value):
+    """The largest value so far, what older weights are to be multiplied by, and the weights
+    exp(value - largest); a node at which the model is not finite is impossible."""
+    value = jnp.where(jnp.isfinite(value), value, -jnp.inf)
+    new = jnp.maximum(top, value.max(0))
+    safe = jnp.where(jnp.isfinite(new), new, 0.0)
+    return new, jnp.exp(top - safe), jnp.exp(value - safe)
+
+
+def shifted(joint: Joint, references: References, theta0, weights, study):
+    """log p(y_i | η_ik) as a function of the elements `of_likelihood` of θ and of nodes, and
+    log p(η_ik) as one of those `of_density` and of nodes, both `[node, subject]`; the nodes η_ik
+    `[node, subject, effect]` are those at θ₀ and move with referenced parameters: ψ stays."""
+    free, own = references.of_likelihood(joint), references.of_density(joint)
+    matrix = jnp.asarray(references.matrix(joint))
+    held = joint.constrain(theta0)
+
+    def likelihood(part, eta):
+        moved = joint.constrain(theta0.at[free].set(part))
+        names = references.likelihood_sites(joint)
+        # Only these carry derivatives: nothing else may seem to depend on them.
+        values = {name: moved[name] if name in names else held[name] for name in held}
+        return jax.vmap(lambda e: joint.likelihood(values, weights, e, study))(eta)
+
+    def density(part, eta):
+        theta = theta0.at[own].set(part)
+        values, shift = joint.constrain(theta), matrix @ (theta - theta0)
+        return jax.vmap(lambda e: joint.effect_density(values, weights, e, study))(eta - shift)
+
+    return likelihood, density
+
+
+def _second_order(function, x):
+    """Value, gradient and Hessian (last axes) of an array function, all in forward mode."""
+    if not x.size:
+        value = function(x)
+        return value, jnp.zeros((*value.shape, 0)), jnp.zeros((*value.shape, 0, 0))
+
+    def first(x):
+        value, slope = jax.jacfwd(lambda x: (function(x),) * 2, has_aux=True)(x)[::-1]
+        return slope, (value, slope)
+
+    hessian, (value, slope) = jax.jacfwd(first, has_aux=True)(x)
+    return value, slope, hessian
+
+
+def _wide(x: jax.Array, like: jax.Array) -> jax.Array:
+    """x `[subject]` with axes added until it goes with `like`."""
+    return x.reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,120 @@
+"""Which population parameters stand beside a random effect: θ_a + η_j and nothing else.
+
+Such parameters are *referenced* (mu-referenced): a shift of θ_a is undone by one of η_j, so that
+p(y_i | ψ_i) need not be differentiated with respect to θ_a.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from flowme.effects import RandomEffect
+from flowme.infer.joint import Joint, Weights
+from flowme.study import Study
+
+
+class References(NamedTuple):
+    """The population parameters that enter only as θ_a + η_j."""
+
+    pairs: tuple[tuple[int, str, int], ...]  # effect j; the site of θ_a and its element there
+    sites: frozenset[str]  # population parameters all of whose elements are referenced
+
+    def matrix(self, joint: Joint) -> np.ndarray:
+        """1 where parameter a is referenced by effect j, `[effect, parameter]`."""
+        matrix = np.zeros((joint.effect_size, joint.size))
+        for effect, site, element in self.pairs:
+            matrix[effect, joint.slices[site].start + element] = 1.0
+        return matrix
+
+    def likelihood_sites(self, joint: Joint) -> list[str]:
+        """Parameters that p(y | ψ) is to be differentiated by, the nodes moving along."""
+        sites = joint.roles.population.items()
+        return [name for name, site in sites if not (site.effect or name in self.sites)]
+
+    def density_sites(self, joint: Joint) -> list[str]:
+        """Parameters that p(η; θ) is to be differentiated by: those of the laws of the random
+        effects, and those that move the nodes. Laws that are not flowme's may depend on any."""
+        own = bool(np.all(_referable(joint)))
+        sites = joint.roles.population.items()
+        return [name for name, site in sites if site.effect or name in self.sites or not own]
+
+    def of_likelihood(self, joint: Joint) -> np.ndarray:
+        """Places of `likelihood_sites` in θ."""
+        return _places(joint, self.likelihood_sites(joint))
+
+    def of_density(self, joint: Joint) -> np.ndarray:
+        """Places of `density_sites` in θ."""
+        return _places(joint, self.density_sites(joint))
+
+
+def _places(joint: Joint, names: list[str]) -> np.ndarray:
+    slices = [joint.slices[name] for name in names]
+    return np.concatenate([np.zeros(0, int), *(np.arange(s.start, s.stop) for s in slices)])
+
+
+@partial(jax.jit, static_argnums=0)
+def _likelihoods(joint: Joint, thetas, weights: Weights, etas, study: Study):
+    def likelihood(theta, eta):
+        return joint.likelihood(joint.constrain(theta), weights, eta, study)
+
+    return jax.vmap(likelihood)(thetas, etas)
+
+
+def find(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> References:
+    """Find the population parameters θ_a that enter only as θ_a + η_j.
+
+    By trying, at two random places: for every subject, moving θ_a up must change log p(y_i | η; θ)
+    and moving η_j down by as much must undo that. (For every subject: in one arm of a trial the
+    effect of the treatment cannot be told from the mean.) Of a large study 256 subjects are
+    tried, spread over it. Laws that are not flowme's are left alone: they may have kinks.
+    """
+    size = study.subjects.size
+    some = study.subset(np.unique(np.linspace(0, size - 1, min(256, size)).astype(int)))
+    d, p = joint.effect_size, joint.size
+    rng = np.random.default_rng(0)
+    places = np.asarray(theta) + 0.1 * rng.normal(size=(2, p))
+    eta = 0.2 * rng.normal(size=(2, some.subjects.size, d))
+    up, down = 0.3 * np.eye(p), -0.3 * np.eye(d)[:, None]
+    # Per place: as it is, each θ_a up, and each with each η_j down.
+    thetas = [np.concatenate([t[None], t + up, np.repeat(t + up, d, axis=0)]) for t in places]
+    etas = [
+        np.concatenate([np.repeat(e[None], 1 + p, 0), np.tile(e + down, (p, 1, 1))]) for e in eta
+    ]
+
+    values = _likelihoods(joint, np.concatenate(thetas), weights, np.concatenate(etas), some)
+    values = np.asarray(values).reshape(2, 1 + p + p * d, -1)
+    base, alone, both = values[:, 0], values[:, 1 : 1 + p], values[:, 1 + p :].reshape(2, p, d, -1)
+    rounding, share = (1e-12, 1e-6) if base.dtype == np.float64 else (2e-6, 1e-2)
+    with np.errstate(invalid="ignore"):  # a place may lie where the model is not finite
+        noise = rounding * (1 + np.abs(base))[:, None]
+        moved = np.abs(alone - base[:, None])
+        left = np.abs(both - base[:, None, None])
+        undone = (left <= (share * moved + 10 * noise)[:, :, None]) & (moved > 100 * noise)[
+            :, :, None
+        ]
+    has_data = sum(np.asarray(mask).any(1) for mask in some.observed.values()) > 0
+    found = np.all(undone[..., has_data], axis=(0, -1)) & _referable(joint)
+    pairs: list[tuple[int, str, int]] = []
+    for site, where in joint.slices.items():
+        partners = [np.flatnonzero(row) for row in found[where]]
+        taken = {effect for effect, *_ in pairs}
+        # All elements of a site or none, each with an effect of its own.
+        new = [int(j[0]) for j in partners if len(j) == 1]
+        if len(set(new) - taken) == len(partners) and not joint.roles.population[site].effect:
+            pairs += [(effect, site, element) for element, effect in enumerate(new)]
+    return References(tuple(pairs), frozenset(site for _, site, _ in pairs))
+
+
+def _referable(joint: Joint) -> np.ndarray:
+    """The effects whose law is one of flowme's, `[effect]`."""
+    laws = joint.roles.laws
+    return np.concatenate(
+        [
+            np.full(len(names), isinstance(laws.get(site), RandomEffect))
+            for site, names in joint.roles.effects.items()
+        ]
+    )
