@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -112,6 +112,13 @@ def locate(
     reverse = curvature[:, ::-1, ::-1]
     tril = jnp.swapaxes(_inverse(_cholesky(reverse)), -1, -2)[:, ::-1, ::-1]
     return Conditional(eta, tril)
+
+
+@partial(jax.jit, static_argnums=0)
+def find(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> Conditional:
+    """The conditional distributions at θ, looked for anew."""
+    start = jnp.zeros((study.subjects.size, joint.effect_size))
+    return locate(joint, theta, weights, study, start, SCOUTS, 20)
 
 
 def _expand(predicted: Callable, eta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

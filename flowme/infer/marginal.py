@@ -8,18 +8,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.special import logsumexp
 
-from flowme.infer.conditional import (
-    SCOUTS,
-    importance,
-    likelihood_at,
-    locate,
-    log_mean,
-    population_law,
-)
+from flowme.infer.conditional import find, importance, likelihood_at, log_mean, population_law
 from flowme.infer.evaluate import CHUNK, LARGEST, Engine, Evaluation, chunks, evaluate
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
@@ -147,8 +139,7 @@ def spread(size: int, count: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _replicates(joint: Joint, points: int, replicates: int, key, theta, weights, study) -> Any:
-    start = jnp.zeros((study.subjects.size, joint.effect_size))
-    conditional = locate(joint, theta, weights, study, start, SCOUTS, 20)
+    conditional = find(joint, theta, weights, study)
     broad = population_law(joint, theta, weights, study)
 
     def replicate(key):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from scipy.stats import norm, qmc
 
-from flowme.infer.conditional import Conditional, laplace
+from flowme.infer.conditional import Conditional, find
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
 from flowme.infer.mixing import directional
@@ -38,7 +38,7 @@ class Search:
         if study is None or study is fit.study:
             conditional = fit.conditional
         else:
-            conditional = _conditional(joint, fit.theta, fit.weights, mean, covariance, own)
+            conditional = find(joint, fit.theta, fit.weights, own)
         tril = np.linalg.cholesky(np.asarray(covariance) + 1e-12 * np.eye(len(mean)))
         return cls(likelihood, conditional, np.asarray(mean), tril)
 
@@ -138,14 +138,6 @@ def _newton(joint: Joint, theta, weights, study, eta, scale_tril, log_f):
         return start + scale_tril @ (fractions[jnp.argmax(tried)] * move)
 
     return jax.vmap(step)(eta)
-
-
-@partial(jax.jit, static_argnums=0)
-def _conditional(joint: Joint, theta, weights, mean, covariance, study) -> Conditional:
-    values, size = joint.constrain(theta), study.subjects.size
-    return laplace(
-        lambda eta: joint.terms(values, weights, eta, study)[0], mean, covariance, None, 20, size
-    )
 
 
 def _power_of_two(count: int) -> int:
