@@ -27,8 +27,8 @@ class Summary:
 
     Attributes:
         frame: a row for each population parameter: estimate, standard error (SE), relative
-            standard error (RSE, %) and unit; for an MCMC run posterior mean, SD, 5 % and 95 %
-            quantiles, effective sample size (ESS) and R-hat.
+            standard error (RSE, %), on request robust SE, and unit; for an MCMC run posterior
+            mean, SD, 5 % and 95 % quantiles, effective sample size (ESS) and R-hat.
         effects: a row for each random effect: mean, SD, skewness and excess kurtosis (0 for a
             Gaussian) of its fitted distribution (for an MCMC run, at the posterior mean), and
             shrinkage, 1 - Var(m_i)/Var(η) (%), m_i being the means of the conditional
@@ -47,38 +47,46 @@ class Summary:
     __repr__ = __str__
 
 
-def summary(result: Result) -> Summary:
+def summary(result: Result, *, robust: bool = False) -> Summary:
     """The estimates of a fit or an MCMC run, and how far to trust them.
 
-    Standard errors are √(J I⁻¹ Jᵀ), the delta method with the observed information I.
+    Standard errors are √(G I⁻¹ Gᵀ), the delta method with the observed information I; under
+    `use_priors` that of the posterior density.
 
     Args:
         result: a `Fit`, or a NumPyro `MCMC` that was run on `model(study)`.
+        robust: add standard errors by the sandwich I⁻¹ J I⁻¹, J the outer product of the subjects'
+            scores. Where they differ much from the others, the model is wrong somewhere or
+            subjects are few.
     """
     point = estimate(result)
     if isinstance(result, Fit):
-        return Summary(_fit_frame(result), _effects(point), _fit_footer(result))
+        return Summary(_fit_frame(result, robust), _effects(point), _fit_footer(result))
     return Summary(_mcmc_frame(result), _effects(point), _mcmc_footer(result, point))
 
 
 # Rows of the population parameters.
 
 
-def _fit_frame(fit: Fit) -> pd.DataFrame:
+def _fit_frame(fit: Fit, robust: bool) -> pd.DataFrame:
     joint = fit.joint
 
     def values(theta):
         return _numbers(joint, fit.study, joint.constrain(theta))
 
-    found = np.asarray(values(fit.theta))
-    covariance = fit.covariance()
-    error = np.full(found.shape, np.nan)
-    if covariance is not None:
-        slope = np.asarray(jax.jacobian(values)(fit.theta))
-        error = np.sqrt(np.einsum("ra,ab,rb->r", slope, covariance, slope))
+    found, slope = np.asarray(values(fit.theta)), np.asarray(jax.jacobian(values)(fit.theta))
+
+    def errors(covariance):
+        if covariance is None:
+            return np.full(found.shape, np.nan)
+        return np.sqrt(np.einsum("ra,ab,rb->r", slope, covariance, slope))
+
+    error = errors(fit.covariance())
     with np.errstate(divide="ignore"):  # an estimate of 0 has no relative error: infinite
         relative = 100 * error / np.abs(found)
     columns = {"estimate": found, "SE": error, "RSE (%)": relative}
+    if robust:
+        columns["robust SE"] = errors(fit.covariance(robust=True))
     return _frame(joint, fit.study, columns)
 
 
@@ -183,7 +191,8 @@ def _fit_footer(fit: Fit) -> tuple[str, ...]:
         method = f"penalised {method}, stopped on held-out subjects"
     criteria = f", AIC {fit.aic:.2f}, BIC {fit.bic:.2f}"
     lines = [
-        f"-2 log-likelihood {fit.minus_two_ll:.2f} (Monte-Carlo SE {fit.minus_two_ll_se:.2f})"
+        f"-2 log-likelihood {fit.minus_two_ll:.2f} ({fit.method}, error "
+        f"{fit.minus_two_ll_se:.2f})"
         + ("" if fit.weights else criteria),  # a penalised weight is less than a parameter
         f"{_size(fit.study)}; {fit.joint.size} estimated parameters"
         + (f" and {fit.parameter_count - fit.joint.size} flow weights" if fit.weights else ""),
@@ -200,8 +209,13 @@ def _fit_footer(fit: Fit) -> tuple[str, ...]:
         )
     if fit.weights and fit.covariance() is not None:
         lines.append("Standard errors hold the flow's weights fixed.")
-    if fit.covariance() is None:
+    correlation = fit.correlation()
+    if correlation is None:
         lines.append("No standard errors: the information matrix is not positive definite.")
+    elif fit.joint.size > 1:
+        lines.append(
+            f"Condition number of the correlations of estimates {correlation.condition_number:.1f}."
+        )
     return (*lines, *fit.messages)
 
 

@@ -87,7 +87,7 @@ def theophylline_model(effect=None, error="constant"):
         if error == "constant":
             law = fm.residual.constant(f, a)
         else:
-            law = fm.residual.combined1(f, a, fm.population("b", dist.HalfNormal(0.5)))
+            law = getattr(fm.residual, error)(f, a, fm.population("b", dist.HalfNormal(0.5)))
         fm.observe("conc", law, study)
 
     return model
@@ -146,3 +146,18 @@ def line_exact(study, level, slope, a, omega_matrix):
         means.append(gain @ residual)
         covariances.append(omega_matrix - gain @ Z @ omega_matrix)
     return np.array(log_p), np.array(means), np.array(covariances)
+
+
+def differences(function, x, h=1e-3):
+    """Gradient `[parameter, ...]` and Hessian of a sum, by central differences."""
+    eye = h * np.eye(len(x))
+    first = np.array([function(x + a) - function(x - a) for a in eye]) / (2 * h)
+
+    def total(at):
+        return np.sum(function(at))
+
+    second = [
+        [total(x + a + b) - total(x + a - b) - total(x - a + b) + total(x - a - b) for b in eye]
+        for a in eye
+    ]
+    return first, np.array(second) / (4 * h**2)

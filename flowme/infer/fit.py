@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowme.infer.conditional import Conditional
+from flowme.infer.errors import Correlation, correlation, invert, parameter_names, sandwich
 from flowme.infer.joint import Joint, Weights
 from flowme.study import Study
 
@@ -89,27 +90,52 @@ class Fit:
 
     @property
     def bic(self) -> float:
-        """-2 log p(y; θ) + log(subjects) · parameters."""
+        """-2 log p(y; θ) + log(n) · parameters, n the number of subjects, not of observations:
+        they are what is independent. (Delattre, Lavielle & Poursat 2014, Electronic Journal of
+        Statistics 8, 456, count observations for parameters that do not vary between subjects.)
+        """
         return self.minus_two_ll + np.log(self.study.subjects.size) * self.parameter_count
 
-    def covariance(self) -> np.ndarray | None:
-        """Covariance of the estimate of θ (unconstrained), the inverse observed information.
+    def covariance(self, robust: bool = False) -> np.ndarray | None:
+        """Covariance of the estimate of θ (unconstrained), `[parameter, parameter]`.
 
-        None when it was not computed or is not positive definite (a degenerate Ω, a parameter
-        that the study does not identify).
+        I⁻¹ with the observed information I; under `use_priors` I is minus the Hessian of
+        log p(y; θ) + log p(θ), and I⁻¹ the covariance of Laplace's posterior. Robust: the sandwich
+        I⁻¹ J I⁻¹ with J the outer product of the subjects' scores. With a flow its weights are
+        held fixed and I is J, so that both agree: use `flowme.bootstrap`.
+
+        None when it was not computed or is not positive definite (a parameter that the study does
+        not identify); `messages` then names the parameters.
+
+        References:
+            Huber (1967), 5th Berkeley Symposium 1, 221; White (1982), Econometrica 50, 1.
         """
-        if self.information is None or not np.all(np.isfinite(self.information)):
-            return None
-        values, vectors = np.linalg.eigh(self.information)
-        if values.size and values[0] <= 1e-9 * values[-1]:
-            return None
-        return vectors / values @ vectors.T
+        return sandwich(self.information, self.outer) if robust else invert(self.information)
 
-    def standard_errors(self) -> dict[str, np.ndarray] | None:
-        """Standard errors of the population parameters on their own scale, by the delta method."""
-        covariance = self.covariance()
+    def correlation(self, robust: bool = False) -> Correlation | None:
+        """Correlations of the estimates by name, with their condition number."""
+        covariance = self.covariance(robust)
+        return None if covariance is None else correlation(covariance, parameter_names(self.joint))
+
+    def standard_errors(
+        self, robust: bool = False, *, unconstrained: bool = False
+    ) -> dict[str, np.ndarray] | None:
+        """Standard errors of the population parameters, by site.
+
+        On their own scale by the delta method, √(G Cov Gᵀ) with G the Jacobian of the parameter
+        with respect to θ.
+
+        Args:
+            robust: from the sandwich.
+            unconstrained: of θ itself, in the unconstrained shape of each site: of log ka instead
+                of ka, of the inverse hyperbolic tangent of a correlation.
+        """
+        covariance = self.covariance(robust)
         if covariance is None:
             return None
+        if unconstrained:
+            errors = np.sqrt(np.diag(covariance))
+            return {name: errors[where] for name, where in self.joint.slices.items()}
         jacobian = jax.jacobian(self.joint.constrain)(self.theta)
         return {
             name: np.sqrt(np.einsum("...a,ab,...b->...", np.asarray(j), covariance, np.asarray(j)))
@@ -130,11 +156,12 @@ def save(fit: Fit, path: str | Path) -> Path:
         "messages": list(fit.messages),
         "use_priors": fit.use_priors,
         "selected": fit.selected,
+        "method": fit.method,
     }
     arrays: dict[str, Any] = {f"weights:{name}": w for name, w in fit.weights.items()}
     for field in ("theta", "log_likelihood", "log_likelihood_se", "history"):
         arrays[field] = getattr(fit, field)
-    for field in ("information", "selection"):
+    for field in ("information", "selection", "outer"):
         if getattr(fit, field) is not None:
             arrays[field] = getattr(fit, field)
     arrays |= {"mean": fit.conditional.mean, "scale_tril": fit.conditional.scale_tril}
@@ -176,6 +203,8 @@ def load(path: str | Path, model: Callable, study: Study) -> Fit:
         use_priors=header["use_priors"],
         selection=arrays.get("selection"),
         selected=header["selected"],
+        outer=arrays.get("outer"),  # files of older versions lack this and the method
+        method=header.get("method", "importance sampling"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ from tqdm.auto import tqdm
 
 from flowme.effects import GaussianRandomEffect, MixtureRandomEffect, RandomEffect
 from flowme.infer.conditional import Conditional
-from flowme.infer.evaluate import CHUNK, Engine, scores
+from flowme.infer.doubts import doubts
+from flowme.infer.evaluate import CHUNK, LARGEST, Engine, evaluate, scores
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, start_weights
 from flowme.infer.learn import Block, Learn, LearnState, side_by_side
@@ -313,7 +315,7 @@ class VariationalEM:
         messages = [course.why] if course.why else []
         messages += course.messages
         messages += _failed(marginal.log_likelihood, joint, course, study)
-        return Fit(
+        fit = Fit(
             joint=joint,
             study=study,
             theta=theta,
@@ -331,6 +333,11 @@ class VariationalEM:
             outer=outer,
             method=marginal.method,
         )
+        means, gradient = course.state.evaluation.mean, course.state.gradient
+        if course.selected:  # the Newton iteration ended at the Gaussian
+            means, gradient = np.asarray(course.conditional.mean), np.zeros(joint.size)
+        doubtful = doubts(fit, means, gradient)
+        return dataclasses.replace(fit, messages=(*messages, *doubtful))
 
     def _marginal(self, key, course: _Course, study: Study) -> MarginalLikelihood:
         """The likelihood to report: by quadrature of higher order where there is quadrature."""
@@ -343,9 +350,17 @@ class VariationalEM:
 
     def _information(self, key, course: _Course, study: Study):
         """Observed information of θ and the outer product of the subjects' scores; for a learned
-        flow the latter alone, in both places."""
+        flow the latter alone, in both places. By quadrature of a higher order than θ was found
+        with, unless the study is large."""
+        engine, state = course.newton.engine, course.state
         if not course.selected:
-            return -course.state.hessian, course.state.evaluation.outer
+            coarse = fine = state.evaluation
+            if not engine.points and study.subjects.size <= 4 * self.chunk:
+                size = course.joint.effect_size
+                order = min(ORDER[size][state.near] + 2, LARGEST[size])
+                fine = evaluate(engine, key, state.theta, {}, study, coarse.conditional.mean,
+                                order=order, chunk=self.chunk)  # fmt: skip
+            return coarse.hessian - fine.hessian - state.hessian, fine.outer
         found = np.asarray(
             scores(course.newton.engine, key, course.theta, course.weights, study,
                    course.conditional)
