@@ -22,7 +22,7 @@ from numpyro.distributions import constraints
 from scipy.cluster.vq import kmeans2
 from scipy.stats import norm, qmc
 
-from flowme.flows import Flow, MonotoneSpline, SplineCoupling
+from flowme.flows import Flow, MarginalMixture, SplineCoupling
 
 
 class RandomEffect(dist.Distribution):
@@ -56,13 +56,16 @@ class RandomEffect(dist.Distribution):
             setattr(new, name, value)
         return new
 
-    def start(self, key: jax.Array, covariance: np.ndarray, eta: np.ndarray) -> dict[str, Any]:
+    def start(
+        self, key: jax.Array, covariance: np.ndarray, eta: np.ndarray, subjects: int
+    ) -> dict[str, Any]:
         """Starting values of the learned parameters, from a fit of the Gaussian model.
 
         Args:
             key: random key; is consumed.
             covariance: Ω of that fit, `[effect, effect]`.
             eta: draws from its conditional distributions, `[draw, effect]`.
+            subjects: how many subjects they are of.
         """
         raise NotImplementedError
 
@@ -101,7 +104,7 @@ class _Scaled(RandomEffect):
             laws["corr_cholesky"] = dist.LKJCholesky(size, 2.0)
         return laws
 
-    def start(self, key, covariance, eta):
+    def start(self, key, covariance, eta, subjects):
         values = {"omega": np.sqrt(np.diag(covariance))}
         if self.full:
             values["corr_cholesky"] = _corr_cholesky(covariance)
@@ -196,8 +199,8 @@ class StudentTRandomEffect(_Scaled):
         )
         return {**super().priors(), "df": shifted}
 
-    def start(self, key, covariance, eta):
-        values = super().start(key, covariance, eta)
+    def start(self, key, covariance, eta, subjects):
+        values = super().start(key, covariance, eta, subjects)
         df = float(self.df)
         return {**values, "omega": values["omega"] * np.sqrt((df - 2) / df), "df": df}
 
@@ -268,7 +271,7 @@ class MixtureRandomEffect(RandomEffect):
             laws["corr_cholesky"] = dist.LKJCholesky(size, 2.0).expand([count]).to_event(1)
         return laws
 
-    def start(self, key, covariance, eta):
+    def start(self, key, covariance, eta, subjects):
         """Starting values by k-means on the draws, each effect divided by its SD."""
         eta = np.asarray(eta)
         scale = np.maximum(eta.std(0), 1e-12)
@@ -340,7 +343,7 @@ class FlowRandomEffect(_Scaled):
 
     Args:
         names: names of the effects, in order.
-        flow: the architecture; `flows.SplineCoupling()` by default, `flows.MonotoneSpline()` for
+        flow: the architecture; `flows.SplineCoupling()` by default, `flows.MarginalMixture()` for
             a single effect. Small ones win: the unrestricted maximum-likelihood distribution is
             discrete, so the size and the stopping time are the smoothing parameter.
         centred: see above.
@@ -366,7 +369,7 @@ class FlowRandomEffect(_Scaled):
     ):
         names = _check_names(names)
         if flow is None:
-            flow = SplineCoupling() if len(names) > 1 else MonotoneSpline()
+            flow = SplineCoupling() if len(names) > 1 else MarginalMixture()
         if not isinstance(flow, Flow):
             raise TypeError(f"expected a flowme.flows.Flow; got {flow!r}.")
         self.flow, self.centred = flow, bool(centred)
@@ -378,9 +381,10 @@ class FlowRandomEffect(_Scaled):
         """The shrinking prior w ~ N(0, weights_scale² I), used when the weights are sampled."""
         return dist.Normal(0.0, self.weights_scale).expand(self.weights.shape).to_event(1)
 
-    def start(self, key, covariance, eta):
-        weights = self.flow.init(key, len(self.names))
-        return {**super().start(key, covariance, eta), "weights": weights}
+    def start(self, key, covariance, eta, subjects):
+        z = np.asarray(eta) @ np.linalg.inv(np.linalg.cholesky(covariance)).T
+        weights = self.flow.start(key, z, subjects)
+        return {**super().start(key, covariance, eta, subjects), "weights": weights}
 
     def _moments(self):
         """c = E u and R with R Rᵀ = Cov u, over fixed points."""

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowme.quantile import MixtureQuantile, fit_marginals
+
 _LAST = "last"  # the name of the layer that gives the splines' parameters
 
 
@@ -56,6 +58,12 @@ class Flow(abc.ABC):
         ]
         return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(variables)])
 
+    def start(self, key: jax.Array, z: np.ndarray, subjects: int) -> jax.Array:
+        """Weights to learn from, given draws z `[draw, dim]` of a standardised law, from
+        `subjects` subjects. By default those of `init`."""
+        del subjects
+        return self.init(key, z.shape[1])
+
     def groups(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
         """Weights that make one coordinate depart from the Gaussian, or depend on the others.
 
@@ -72,8 +80,8 @@ class Flow(abc.ABC):
             if _LAST not in name:
                 number.append(np.full(math.prod(leaf.shape), -1))
                 continue
-            # The last axis runs over (coordinate, spline parameter).
-            parameters = 3 * self.bins + 1  # type: ignore[attr-defined]
+            # The last axis runs over (coordinate, its parameters).
+            parameters = self._layers(dim)[path[0].idx][0].parameters
             coordinates = leaf.shape[-1] // parameters
             own = len(kinds) + np.repeat(np.arange(coordinates), parameters)
             number.append(np.broadcast_to(own, leaf.shape).ravel())
@@ -107,6 +115,7 @@ class _Conditioner(nn.Module):
     depth: int
     transformed: int
     parameters: int
+    shapes: bool  # whether it may move a coordinate that depends on no other
 
     @nn.compact
     def __call__(self, x):
@@ -118,6 +127,7 @@ class _Conditioner(nn.Module):
             dtype=dtype,
             param_dtype=dtype,
             kernel_init=nn.initializers.zeros,  # so that the flow starts at the identity
+            use_bias=self.shapes,
             name=_LAST,
         )
         return last(x).reshape(*x.shape[:-1], self.transformed, self.parameters)
@@ -129,7 +139,8 @@ class SplineCoupling(Flow):
 
     A layer keeps one half of the coordinates, z_A, and moves each of the others by a monotone
     spline on [-bound, bound] whose knots a network reads off z_A; outside it is the identity.
-    Layers swap the halves.
+    Layers swap the halves. A last layer shapes the marginals: the quantile function of a mixture
+    of Gaussians in each coordinate (`flowme.quantile`), so that the splines are for dependence.
 
     Args:
         layers: number of coupling layers; at least 2, so that every coordinate is moved.
@@ -137,6 +148,7 @@ class SplineCoupling(Flow):
         depth: hidden layers of a conditioner.
         bins: bins of each spline.
         bound: half width of the splines' range, in standard deviations of the base.
+        components: of the mixture that shapes each marginal; 0: none, the splines do it.
     """
 
     layers: int = 2
@@ -144,9 +156,14 @@ class SplineCoupling(Flow):
     depth: int = 1
     bins: int = 4
     bound: float = 3.0
+    components: int = 3
 
     def __post_init__(self):
         _check_counts(self, "layers", "width", "depth", "bins")
+        if not isinstance(self.components, int) or self.components < 0 or self.components == 1:
+            raise ValueError(
+                f"expected components to be 0 (none) or at least 2; got {self.components!r}."
+            )
         if self.layers < 2:
             raise ValueError(
                 f"expected at least 2 layers, so that every coordinate is moved; got {self.layers}."
@@ -162,11 +179,25 @@ class SplineCoupling(Flow):
         layers = []
         for number in range(self.layers):
             kept = dim // 2 if number % 2 == 0 else dim - dim // 2
-            module = _Conditioner(self.width, self.depth, dim - kept, 3 * self.bins + 1)
+            module = _Conditioner(
+                self.width, self.depth, dim - kept, 3 * self.bins + 1, not self.components
+            )
             layers.append((module, jax.ShapeDtypeStruct((kept,), dtype)))
+        if self.components:
+            free = _Free(dim, 3 * self.components)
+            layers.append((free, jax.ShapeDtypeStruct((dim,), dtype)))
         return layers
 
+    def start(self, key, z, subjects):
+        weights = self.init(key, z.shape[1])
+        return _with_marginals(weights, z, self.components, subjects)
+
     def _chain(self, conditioners, dim):
+        couplings = conditioners[: self.layers]
+        marginals = [
+            _quantile(conditioner, dim, self.components)
+            for conditioner in conditioners[self.layers :]
+        ]
         return [
             distrax.SplitCoupling(
                 split_index=dim // 2,
@@ -175,12 +206,12 @@ class SplineCoupling(Flow):
                 bijector=lambda parameters: _spline(parameters, self.bound),
                 swap=number % 2 == 1,
             )
-            for number, conditioner in enumerate(conditioners)
-        ]
+            for number, conditioner in enumerate(couplings)
+        ] + marginals
 
 
 class _Free(nn.Module):
-    """Spline parameters that depend on nothing: `[dim, 3 bins + 1]`, zero at the start."""
+    """Parameters that depend on nothing: `[dim, parameter]`, zero at the start."""
 
     dim: int
     parameters: int
@@ -216,6 +247,45 @@ class MonotoneSpline(Flow):
     def _chain(self, conditioners, dim):
         knots = conditioners[0](jnp.zeros(dim))
         return [distrax.Block(_spline(knots, self.bound), 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class MarginalMixture(Flow):
+    """The quantile function of a mixture of Gaussians per coordinate (`flowme.quantile`): the
+    flow for one random effect.
+
+    In several dimensions the coordinates stay independent before the scale matrix is applied.
+
+    Args:
+        components: of each mixture.
+    """
+
+    components: int = 3
+
+    def __post_init__(self):
+        _check_counts(self, "components")
+
+    def _layers(self, dim):
+        example = jax.ShapeDtypeStruct((dim,), jnp.zeros(()).dtype)
+        return [(_Free(dim, 3 * self.components), example)]
+
+    def start(self, key, z, subjects):
+        return _with_marginals(self.init(key, z.shape[1]), z, self.components, subjects)
+
+    def _chain(self, conditioners, dim):
+        return [_quantile(conditioners[0], dim, self.components)]
+
+
+def _quantile(conditioner: Any, dim: int, components: int) -> MixtureQuantile:
+    return MixtureQuantile(conditioner(jnp.zeros(dim)).reshape(dim, 3, components))
+
+
+def _with_marginals(weights: jax.Array, z: np.ndarray, components: int, subjects: int) -> jax.Array:
+    """The weights, the last of them, those of the marginals, fitted to the draws z."""
+    if not components:
+        return weights
+    marginals = fit_marginals(z, components, subjects).ravel()
+    return weights.at[-marginals.size :].set(marginals)
 
 
 def _spline(parameters: jax.Array, bound: float) -> distrax.Bijector:

@@ -46,7 +46,7 @@ class KernelMixtureRandomEffect(RandomEffect):
     def priors(self):
         return {}
 
-    def start(self, key, covariance, eta):
+    def start(self, key, covariance, eta, subjects):
         return {}
 
     def sample(self, key, sample_shape=()):

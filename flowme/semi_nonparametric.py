@@ -71,9 +71,9 @@ class SemiNonparametricRandomEffect(_Scaled):
         count = len(_powers(len(self.names), self.degree)) - 1
         return {**super().priors(), "coefficients": dist.Normal(0, 1).expand([count]).to_event(1)}
 
-    def start(self, key, covariance, eta):
+    def start(self, key, covariance, eta, subjects):
         """The best of several climbs of the density of the draws, their moments held."""
-        values = super().start(key, covariance, eta)
+        values = super().start(key, covariance, eta, subjects)
         if not self.degree:
             return values
         draws = jnp.asarray(eta - np.mean(eta, 0))[:: max(1, len(eta) // 1000)]

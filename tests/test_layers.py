@@ -8,6 +8,7 @@ import flowme
 LAYERS = {
     1: {"study", "table", "rows", "events", "datasets"},
     2: {
+        "quantile",
         "flows",
         "effects",
         "kernel_mixture",

@@ -30,7 +30,7 @@ from flowme.study import Study
 _BLOCK = 5  # updates of a flow in one compiled call, between two moves of the progress bar
 _INNER = 10  # optimiser steps per update
 _DEPENDENCE = (8.0, 16.0)  # penalties on dependence between coordinates, chosen by held-out fit
-_PATIENCE = 15  # updates without a better held-out likelihood after which a flow is stopped
+_PATIENCE = 8  # updates without a better held-out likelihood after which a flow is stopped
 
 
 class VEMState(NamedTuple):
@@ -68,7 +68,7 @@ class VariationalEM:
             held-out gain is a maximum over updates and penalties, hence a little optimistic.
         chunk: subjects evaluated together: memory grows with it, not with the study.
         optimizer: optax optimiser of the flow's weights; by default Adam whose rate falls from
-            .02 along a cosine.
+            .005 along a cosine.
 
     Example:
         >>> fit = VariationalEM(model).run(jax.random.key(0), study)  # doctest: +SKIP
@@ -84,7 +84,7 @@ class VariationalEM:
         max_iterations: int = 100,
         starts: int | None = None,
         points: int = 256,
-        flow_updates: int = 40,
+        flow_updates: int = 20,
         folds: int = 4,
         chunk: int = CHUNK,
         optimizer: optax.GradientTransformation | None = None,
@@ -105,7 +105,7 @@ class VariationalEM:
         self.folds = folds
         self.chunk = chunk
         if optimizer is None:
-            optimizer = optax.adam(optax.cosine_decay_schedule(2e-2, _INNER * flow_updates, 0.05))
+            optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, _INNER * flow_updates, 0.05))
         self.optimizer = optimizer
         self._programs: dict[Any, Any] = {}  # compiled programs, for studies of the same shape
 
@@ -170,9 +170,10 @@ class VariationalEM:
             gaussian = Joint.of(replace_effect(self.model, **_gaussians(laws)), study)
             known = {k: v for k, v in (init or {}).items() if k in gaussian.roles.population}
             first = self._climb(keys[0], gaussian, known, study, progress)
-            values, weights = _start(keys[1], joint, laws, first, init or {})
+            start = partial(_start, keys[1], joint, laws, first, init or {})
+            values, weights = start()
             if weights:
-                course = self._learn_flow(keys[2], joint, values, weights, first, study, progress)
+                course = self._learn_flow(keys[2], joint, start, first, study, progress)
             else:
                 course = self._climb(keys[2], joint, values, study, progress)
         return self._finish(keys[3], course, study)
@@ -250,22 +251,25 @@ class VariationalEM:
     def _learn(self, joint: Joint, found: References) -> Learn:
         return Learn(joint, found, self.optimizer, 64, 4, _INNER, 2.0, self.use_priors)
 
-    def _learn_flow(self, key, joint: Joint, values, weights, first: _Course, study, progress):
+    def _learn_flow(self, key, joint: Joint, start_from, first: _Course, study, progress):
         """Updates of the flow from the Gaussian fit, as many as held-out subjects ask for.
 
         For every penalty on dependence, the folds and the fit to all subjects run side by side;
-        the latter is read off where the former are best.
+        the latter is read off where the former are best. Number 0 is the Gaussian itself.
         """
+        values, _ = start_from()
         learn = self._learn(joint, first.newton.engine.references)
-        start = learn.start(joint.unconstrain(values), weights, first.conditional)
+        start = learn.start(joint.unconstrain(values), start_weights(joint), first.conditional)
         key_fold, key_run = jax.random.split(key)
         plan = _Plan.of(key_fold, learn, study.subjects.size, self.folds)
         states = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(plan.masks), *x.shape)), start)
+        own = [start_from(np.flatnonzero(mask))[1] for mask in plan.masks]
+        states = states._replace(weights=jax.tree.map(lambda *w: jnp.stack(w), *own))
         program = self._program(
             (learn, "side by side", len(plan.masks)),
             lambda: partial(side_by_side, learn, _BLOCK),
         )
-        blocks: list[Any] = []
+        blocks = [plan.gaussian(start, first.state.evaluation.log_likelihood)]
         why, converged = "", first.converged
         ended = False
         with tqdm(total=self.flow_updates, desc=plan.title, disable=not progress) as bar:
@@ -282,7 +286,7 @@ class VariationalEM:
                         break
             except KeyboardInterrupt:
                 why, converged = "stopped by the user while learning the flow", False
-        if not blocks:
+        if len(blocks) == 1:
             return first._replace(why=why, converged=False)
         update, candidate, selection = plan.choose(path)
         if not why and not ended and update >= len(path.theta) - _BLOCK:
@@ -427,14 +431,15 @@ def _gaussians(laws: dict[str, RandomEffect]) -> dict[str, GaussianRandomEffect]
     }
 
 
-def _start(key, joint: Joint, laws, first: _Course, init):
-    """Values and weights to start `joint` from, given the Gaussian fit."""
+def _start(key, joint: Joint, laws, first: _Course, init, chosen=slice(None)):
+    """Values and weights to start `joint` from, given the Gaussian fit to the chosen subjects."""
     values = {k: np.asarray(v) for k, v in first.joint.constrain(first.theta).items()}
     values = {k: v for k, v in values.items() if k in joint.roles.population}
     weights = start_weights(joint)
     keys = jax.random.split(key, len(laws) + 1)
     noise = jax.random.normal(keys[0], (8, *first.conditional.mean.shape))
     draws = first.conditional.mean + jnp.einsum("sde,kse->ksd", first.conditional.scale_tril, noise)
+    draws = draws[:, chosen]
     gaussian = first.joint.constrain(first.theta)
     for k, (name, law) in zip(keys[1:], laws.items(), strict=True):
         eta = np.asarray(first.joint.split(draws.reshape(-1, draws.shape[-1]))[name])
@@ -444,7 +449,7 @@ def _start(key, joint: Joint, laws, first: _Course, init):
             if first.joint.roles.population[parameter].effect == name
         }
         covariance = first.joint.roles.laws[name].with_parameters(**parameters).covariance_matrix
-        for parameter, value in law.start(k, np.asarray(covariance), eta).items():
+        for parameter, value in law.start(k, np.asarray(covariance), eta, draws.shape[1]).items():
             target = weights if parameter == "weights" else values
             target[f"{name}_{parameter}"] = value
     # Where the Gaussian fit ended is a better start than where it began; but what was asked of
@@ -477,6 +482,15 @@ class _Plan(NamedTuple):
             np.repeat(penalties, count + 1),
             (count + 1) * np.arange(1, len(penalties) + 1) - 1,
         )
+
+    def gaussian(self, start: LearnState, log_likelihood: np.ndarray) -> Block:
+        """The first of the path: the Gaussian fit."""
+        shape = (1, len(self.everyone))
+        theta, weights = jax.tree.map(
+            lambda x: np.broadcast_to(x, (*shape, *x.shape)), (start.theta, start.weights)
+        )
+        each = np.broadcast_to(log_likelihood, (1, *self.masks.shape))
+        return Block(each, theta, weights)
 
     @property
     def title(self) -> str:
