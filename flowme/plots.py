@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from flowme.infer.fit import Fit
+from flowme.infer.profile import Profile
 from flowme.predict import Result, estimate, population_draws, predict, simulate
 from flowme.study import Study
 
@@ -183,6 +184,31 @@ def convergence(fit: Fit) -> Figure:
             ax.plot(np.arange(len(gain)), gain, "-o", ms=3, color=_RUST, lw=1.5)
             ax.set(xlabel="update of the flow", ylabel="change of -2 log-likelihood")
             ax.set_title("subjects held out")
+    return figure
+
+
+def profile(profile: Profile) -> Figure:
+    """How -2 log-likelihood rises away from the estimate, and the interval (`flowme.profile`).
+
+    Args:
+        profile: what `flowme.profile` found.
+    """
+    if not isinstance(profile, Profile):
+        raise TypeError(f"expected what flowme.profile returns; got {type(profile).__name__}.")
+    x, low, high = profile.value, *profile.interval
+    with plt.rc_context(_STYLE):
+        figure, ax = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+        ax.axhline(profile.limit, color=_INK, lw=1, ls=(0, (4, 3)))
+        inside = (x >= low) & (x <= high)
+        ax.fill_between(
+            x[inside], profile.rise[inside], profile.limit, color=_PALE, alpha=0.5, lw=0
+        )
+        ax.plot(x, profile.rise, "-o", ms=3.5, color=_LEAF, lw=1.6)
+        ax.plot([profile.estimate], [0.0], "o", ms=6, color=_RUST, mec="white")
+        ax.set(xlabel=_with_unit(profile.name, profile.unit), ylabel="rise of -2 log-likelihood")
+        ax.set_ylim(bottom=min(0.0, 1.05 * profile.rise.min()), top=1.35 * profile.limit)
+        ends = " to ".join(f"{end:.4g}" for end in (low, high))
+        ax.set_title(f"{profile.estimate:.4g}, {100 * profile.level:g} % interval {ends}")
     return figure
 
 
