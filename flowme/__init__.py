@@ -9,6 +9,7 @@ from flowme.effects import (
     MixtureRandomEffect,
     StudentTRandomEffect,
 )
+from flowme.infer.compare import compare
 from flowme.infer.fit import Fit, load, save
 from flowme.infer.marginal import marginal_log_likelihood
 from flowme.infer.mixtures import mixture_by_bic
@@ -33,6 +34,7 @@ __all__ = [
     "StudentTRandomEffect",
     "Study",
     "VariationalEM",
+    "compare",
     "datasets",
     "flows",
     "individual",

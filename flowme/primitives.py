@@ -140,8 +140,9 @@ class replace_effect(Messenger):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, replace_effect) or self.fn != other.fn:
             return False
-        (own, tree), (others, other_tree) = map(jax.tree.flatten, (self.effects, other.effects))
-        if tree != other_tree or any(isinstance(x, jax.core.Tracer) for x in own + others):
+        own, others = jax.tree.leaves(self.effects), jax.tree.leaves(other.effects)
+        trees: list[Any] = [jax.tree.structure(x.effects) for x in (self, other)]
+        if trees[0] != trees[1] or any(isinstance(x, jax.core.Tracer) for x in own + others):
             return self is other
         return all(np.array_equal(a, b) for a, b in zip(own, others, strict=True))
 
