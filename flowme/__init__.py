@@ -9,6 +9,7 @@ from flowme.effects import (
     MixtureRandomEffect,
     StudentTRandomEffect,
 )
+from flowme.infer.bootstrap import bootstrap
 from flowme.infer.compare import compare
 from flowme.infer.fit import Fit, load, save
 from flowme.infer.marginal import marginal_log_likelihood
@@ -34,6 +35,7 @@ __all__ = [
     "StudentTRandomEffect",
     "Study",
     "VariationalEM",
+    "bootstrap",
     "compare",
     "datasets",
     "flows",

@@ -163,17 +163,19 @@ def differences(function, x, h=1e-3):
     return first, np.array(second) / (4 * h**2)
 
 
-def one_level(sites=("level",)):
+def one_level(sites=("level",), effect=None):
     """y_ij = Σ sites + η + a ε."""
 
     import numpyro.distributions as dist
 
     import flowme as fm
 
+    effect = fm.GaussianRandomEffect(["level"]) if effect is None else effect
+
     def model(study):
         levels = [fm.population(name, dist.Normal(0.0, 10.0)) for name in sites]
         a = fm.population("a", dist.HalfNormal(5.0))
-        eta = fm.random_effect("eta", fm.GaussianRandomEffect(["level"]), study.subjects)
+        eta = fm.random_effect("eta", effect, study.subjects)
         f = sum(levels) + eta.level
         fm.observe("y", fm.residual.constant(f[:, None] + 0.0 * study.time, a), study)
 

@@ -79,13 +79,16 @@ class Newton(NamedTuple):
             return state._replace(radius=0.3 * min(length, state.radius))
         return new._replace(radius=max(state.radius, 2.5 * length) if ratio > 0.7 else state.radius)
 
-    def finish(self, key, state, weights, study, tolerance=1e-4, most=50):
-        """Steps until a full one is expected to add less than the tolerance; whether it is."""
+    def finish(self, key, state, weights, study, tolerance=1e-3, most=50):
+        """Steps until a full one is expected to add less than the tolerance, and that one, which
+        squares what was left; whether it came to this."""
         for _ in range(most):
             if state.gain < tolerance or not np.isfinite(state.objective):
                 break
             state = self.step(key, state, weights, study)
-        return state, bool(state.gain < tolerance)
+        if done := bool(state.gain < tolerance):
+            state = self.step(key, state, weights, study)
+        return state, done
 
     def _at(self, key, theta, weights, study, modes, steps, radius, near) -> NewtonState:
         order = 0 if self.engine.points else ORDER[self.engine.joint.effect_size][near]

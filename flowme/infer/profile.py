@@ -25,8 +25,8 @@ from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
 from flowme.infer.newton import Newton, NewtonState, newton_of
 
-_MOST = 14  # steps away from the estimate, on each side
-_RISE = 0.7  # that each is to add to √D
+_MOST = 20  # steps away from the estimate, on each side
+_RISE = 0.4  # that each is to add to √D
 _CLOSE = 0.003  # how near to the limit D is brought
 _FAR = 6.0  # a factor of 400 of a positive parameter
 _WAYS = (("below", "down to"), ("above", "up to"))
