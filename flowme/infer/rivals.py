@@ -22,7 +22,7 @@ from flowme.effects import (
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
 from flowme.infer.marginal import MarginalLikelihood, estimate_marginal
-from flowme.infer.smoothed import smoothed_npmle
+from flowme.infer.smoothed import BANDWIDTHS, smoothed_npmle
 from flowme.infer.vem import VariationalEM
 from flowme.primitives import replace_effect
 from flowme.study import Study
@@ -96,8 +96,14 @@ def default_laws(model: Callable, study: Study) -> dict[str, Law]:
             for m in (2, 3, 4)
         },
         "flow": FlowRandomEffect(names, omega=sd),
-        "smoothed NPMLE": lambda key, fit: smoothed_npmle(key, fit).fit,
+        "smoothed NPMLE": _smoothed,
     }
+
+
+def _smoothed(key: jax.Array, fit: Fit) -> Fit:
+    """The smoothed NPMLE; one of its bandwidths is as wide as the Gaussian itself, so that it need
+    not find anything where nothing is."""
+    return smoothed_npmle(key, fit, bandwidths=(*BANDWIDTHS, 1.0)).fit
 
 
 @dataclasses.dataclass(eq=False)
