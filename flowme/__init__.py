@@ -9,11 +9,14 @@ from flowme.effects import (
     MixtureRandomEffect,
     StudentTRandomEffect,
 )
+from flowme.infer.bootstrap import bootstrap
+from flowme.infer.compare import compare
 from flowme.infer.fit import Fit, load, save
 from flowme.infer.marginal import marginal_log_likelihood
 from flowme.infer.mixtures import mixture_by_bic
 from flowme.infer.npmle import npmle
 from flowme.infer.nuts import nuts
+from flowme.infer.profile import profile
 from flowme.infer.smoothed import smoothed_npmle
 from flowme.infer.vem import VariationalEM
 from flowme.predict import predict, simulate
@@ -32,6 +35,8 @@ __all__ = [
     "StudentTRandomEffect",
     "Study",
     "VariationalEM",
+    "bootstrap",
+    "compare",
     "datasets",
     "flows",
     "individual",
@@ -45,6 +50,7 @@ __all__ = [
     "plots",
     "population",
     "predict",
+    "profile",
     "random_effect",
     "replace_effect",
     "residual",

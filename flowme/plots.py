@@ -16,6 +16,8 @@ from matplotlib.patches import Patch
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from flowme.infer.fit import Fit
+from flowme.infer.profile import Profile
+from flowme.infer.resampled import Bootstrap
 from flowme.predict import Result, estimate, population_draws, predict, simulate
 from flowme.study import Study
 
@@ -183,6 +185,62 @@ def convergence(fit: Fit) -> Figure:
             ax.plot(np.arange(len(gain)), gain, "-o", ms=3, color=_RUST, lw=1.5)
             ax.set(xlabel="update of the flow", ylabel="change of -2 log-likelihood")
             ax.set_title("subjects held out")
+    return figure
+
+
+def profile(profile: Profile) -> Figure:
+    """How -2 log-likelihood rises away from the estimate, and the interval (`flowme.profile`).
+
+    Args:
+        profile: what `flowme.profile` found.
+    """
+    if not isinstance(profile, Profile):
+        raise TypeError(f"expected what flowme.profile returns; got {type(profile).__name__}.")
+    x, low, high = profile.value, *profile.interval
+    with plt.rc_context(_STYLE):
+        figure, ax = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+        ax.axhline(profile.limit, color=_INK, lw=1, ls=(0, (4, 3)))
+        inside = (x >= low) & (x <= high)
+        ax.fill_between(
+            x[inside], profile.rise[inside], profile.limit, color=_PALE, alpha=0.5, lw=0
+        )
+        ax.plot(x, profile.rise, "-o", ms=3.5, color=_LEAF, lw=1.6)
+        ax.plot([profile.estimate], [0.0], "o", ms=6, color=_RUST, mec="white", clip_on=False)
+        ax.set(xlabel=_with_unit(profile.name, profile.unit), ylabel="rise of -2 log-likelihood")
+        ax.set_ylim(bottom=min(0.0, 1.05 * profile.rise.min()), top=1.35 * profile.limit)
+        ends = " to ".join(f"{end:.4g}" for end in (low, high))
+        ax.set_title(f"{profile.estimate:.4g}, {100 * profile.level:g} % interval {ends}")
+    return figure
+
+
+def density_bands(bootstrap: Bootstrap, level: float = 0.95) -> Figure:
+    """The marginal density of each random effect, with its pointwise band over replicates.
+
+    The band says how far the shape can be trusted: a second hump that it does not keep is not one.
+
+    Args:
+        bootstrap: what `flowme.bootstrap` found.
+        level: share of replicates in the band, at each point.
+    """
+    if not isinstance(bootstrap, Bootstrap):
+        raise TypeError(f"expected what flowme.bootstrap returns; got {type(bootstrap).__name__}.")
+    found = bootstrap.densities()
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            1, len(found), figsize=(3.6 * len(found) + 0.6, 3.4), squeeze=False,
+            layout="constrained",
+        )  # fmt: skip
+        for ax, (name, density) in zip(axes.flat, found.items(), strict=True):
+            ax.fill_between(density.grid, *density.band(level), color=_PALE, alpha=0.6, lw=0)
+            ax.plot(density.grid, density.estimate, color=_LEAF, lw=1.8)
+            ax.set(xlabel=f"η, {name}", ylim=(0, None), xlim=density.grid[[0, -1]])
+        axes[0, 0].set_ylabel("density")
+        count = int(bootstrap.converged.sum())
+        handles = [
+            Line2D([], [], color=_LEAF, lw=1.8, label="fitted distribution"),
+            Patch(color=_PALE, label=f"{100 * level:g} % of {count} resampled studies"),
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure
 
 

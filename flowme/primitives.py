@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax.typing import ArrayLike
@@ -128,12 +129,25 @@ class replace_effect(Messenger):
     """A handler: the same model with another distribution of its random effects.
 
     `replace_effect(model, eta=fm.FlowRandomEffect(["ka", "V", "CL"]))` is the model with that
-    one line changed.
+    one line changed. Two of the same model with the same distributions are equal, so that a
+    program compiled for one serves the other.
     """
 
     def __init__(self, fn: Callable | None = None, **effects: dist.Distribution):
         super().__init__(fn)
         self.effects = effects
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, replace_effect) or self.fn != other.fn:
+            return False
+        own, others = jax.tree.leaves(self.effects), jax.tree.leaves(other.effects)
+        trees: list[Any] = [jax.tree.structure(x.effects) for x in (self, other)]
+        if trees[0] != trees[1] or any(isinstance(x, jax.core.Tracer) for x in own + others):
+            return self is other
+        return all(np.array_equal(a, b) for a, b in zip(own, others, strict=True))
+
+    def __hash__(self) -> int:
+        return hash((self.fn, *self.effects))
 
     def process_message(self, msg):
         if msg["type"] == "random_effect" and msg["effect"] in self.effects:

@@ -161,3 +161,36 @@ def differences(function, x, h=1e-3):
         for a in eye
     ]
     return first, np.array(second) / (4 * h**2)
+
+
+def one_level(sites=("level",), effect=None):
+    """y_ij = Σ sites + η + a ε."""
+
+    import numpyro.distributions as dist
+
+    import flowme as fm
+
+    effect = fm.GaussianRandomEffect(["level"]) if effect is None else effect
+
+    def model(study):
+        levels = [fm.population(name, dist.Normal(0.0, 10.0)) for name in sites]
+        a = fm.population("a", dist.HalfNormal(5.0))
+        eta = fm.random_effect("eta", effect, study.subjects)
+        f = sum(levels) + eta.level
+        fm.observe("y", fm.residual.constant(f[:, None] + 0.0 * study.time, a), study)
+
+    return model
+
+
+def normal_study(between, subjects=30, times=4, seed=0):
+    """y_ij = 3 + between η_i + .5 ε_ij, the η_i and, within a subject, the ε_ij centred."""
+    import pandas as pd
+
+    import flowme as fm
+
+    rng = np.random.default_rng(seed)
+    eta, noise = rng.normal(size=subjects), rng.normal(size=(subjects, times))
+    y = 3 + between * (eta - eta.mean())[:, None] + 0.5 * (noise - noise.mean(1, keepdims=True))
+    rows = [(i, t, y[i, t]) for i in range(subjects) for t in range(times)]
+    frame = pd.DataFrame(rows, columns=["id", "t", "y"])
+    return fm.Study.from_frame(frame, subject="id", time="t", outcome="y")

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-import pandas as pd
-from cases import differences, line_exact, line_model, line_study
+from cases import differences, line_exact, line_model, line_study, normal_study, one_level
 
 import flowme as fm
 from flowme.infer.errors import invert
@@ -81,31 +80,6 @@ def test_units_do_not_decide_whether_there_is_an_inverse():
 
 def named(model, study, **options):
     return fm.VariationalEM(model, **options).run(jax.random.key(0), study, progress=False)
-
-
-def one_level(names=("level",), sites=("level",), error=0.5):
-    """y_ij = Σ sites + η + a ε."""
-
-    def model(study):
-        levels = [fm.population(name, dist.Normal(0.0, 10.0)) for name in sites]
-        a = fm.population("a", dist.HalfNormal(5.0))
-        eta = fm.random_effect("eta", fm.GaussianRandomEffect(list(names)), study.subjects)
-        f = sum(levels) + eta.level
-        if "slope" in names:
-            f = f + 0.02 * eta.slope
-        fm.observe("y", fm.residual.constant(f[:, None] + 0.0 * study.time, a), study)
-
-    return model
-
-
-def normal_study(between, subjects=30, times=4, seed=0):
-    """y_ij = 3 + between η_i + .5 ε_ij, the η_i and, within a subject, the ε_ij centred."""
-    rng = np.random.default_rng(seed)
-    eta, noise = rng.normal(size=subjects), rng.normal(size=(subjects, times))
-    y = 3 + between * (eta - eta.mean())[:, None] + 0.5 * (noise - noise.mean(1, keepdims=True))
-    rows = [(i, t, y[i, t]) for i in range(subjects) for t in range(times)]
-    frame = pd.DataFrame(rows, columns=["id", "t", "y"])
-    return fm.Study.from_frame(frame, subject="id", time="t", outcome="y")
 
 
 def test_an_effect_that_vanishes_is_named():

@@ -74,7 +74,9 @@ def locate(
     """
     mean, covariance = joint.effect_moments(jax.random.key(0), theta, weights, study)
     values, size = joint.constrain(theta), joint.effect_size
-    precision = _inverse(jnp.linalg.cholesky(covariance + 1e-10 * jnp.eye(size)))
+    # Relative to each variance: an effect may be small in its unit, or its ω run to 0.
+    jitter = 1e-10 * jnp.diagonal(covariance) + 1e-30
+    precision = _inverse(jnp.linalg.cholesky(covariance + jnp.diag(jitter)))
     precision = precision.T @ precision
     away = mean + jnp.sqrt(jnp.diagonal(covariance)) * _normal_sobol(size, SCOUTS)
 

@@ -42,21 +42,25 @@ def parameter_names(joint: Joint) -> tuple[str, ...]:
     before V: what θ holds is its inverse hyperbolic tangent (Lewandowski, Kurowicka & Joe 2009).
     """
     found: list[str] = []
-    for name, site in joint.roles.population.items():
-        where = joint.slices[name]
-        size = where.stop - where.start
-        effects = joint.roles.effects.get(site.effect, ())
-        stem = site.label or name
-        if site.effect and len(joint.roles.effects) == 1:
-            stem = name.removeprefix(f"{site.effect}_")
-        pairs = [(effects[j], effects[i]) for i in range(len(effects)) for j in range(i)]
-        if base_support(site.support) is constraints.corr_cholesky and size == len(pairs):
-            found += [f"{stem.removesuffix('_cholesky')}({a}, {b})" for a, b in pairs]
-        elif site.effect and site.shape == (len(effects),) and size == len(effects):
-            found += [f"{stem}({effect})" for effect in effects]
-        else:
-            found += [stem] if not site.shape else [f"{stem}[{k}]" for k in range(size)]
+    for name, where in joint.slices.items():
+        found += site_names(joint, name, where.stop - where.start)
     return tuple(found)
+
+
+def site_names(joint: Joint, name: str, size: int) -> list[str]:
+    """Names of the `size` numbers of a population parameter, on its own scale or unconstrained;
+    of a correlation matrix, those below the diagonal."""
+    site = joint.roles.population[name]
+    effects = joint.roles.effects.get(site.effect, ())
+    stem = site.label or name
+    if site.effect and len(joint.roles.effects) == 1:
+        stem = name.removeprefix(f"{site.effect}_")
+    pairs = [(effects[j], effects[i]) for i in range(len(effects)) for j in range(i)]
+    if base_support(site.support) is constraints.corr_cholesky and size == len(pairs):
+        return [f"{stem.removesuffix('_cholesky')}({a}, {b})" for a, b in pairs]
+    if site.effect and site.shape == (len(effects),) and size == len(effects):
+        return [f"{stem}({effect})" for effect in effects]
+    return [f"{stem}[{k}]" for k in range(size)] if site.shape else [stem]
 
 
 def base_support(support: constraints.Constraint) -> constraints.Constraint:

@@ -71,14 +71,14 @@ class Evaluation(NamedTuple):
     log_likelihood: Any  # [subject]
     gradient: Any  # [parameter]
     hessian: Any  # [parameter, parameter]
-    outer: Any  # Σ_i ∇ℓ_i ∇ℓ_iᵀ, [parameter, parameter]
+    outer: Any  # Σ_i c_i ∇ℓ_i ∇ℓ_iᵀ, [parameter, parameter]
 
 
 def chunks(study: Study, size: int = CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray, Study]]:
     """The study in parts of `size` subjects, the last one filled up with its first subject.
 
     Yields:
-        Rows of the subjects, whether each counts (`[size]`), and their part of the study.
+        Rows of the subjects, whether each is one of them (`[size]`), and their part of the study.
     """
     count = study.subjects.size
     for first in range(0, count, size):
@@ -102,8 +102,9 @@ def evaluate(
     order: int = 0,
     steps: int = 2,
     chunk: int = CHUNK,
+    counts: np.ndarray | None = None,
 ) -> Evaluation:
-    """The marginal log-likelihood at θ with its derivatives.
+    """The marginal log-likelihood at θ with its derivatives, those of Σ_i c_i log p(y_i; θ).
 
     Args:
         engine: the model, and what is known of it.
@@ -116,17 +117,20 @@ def evaluate(
         order: Gauss-Hermite nodes per effect.
         steps: Newton steps towards the modes.
         chunk: subjects in one call of the compiled program.
+        counts: how often each subject counts, c_i, `[subject]`; once by default.
     """
+    counts = np.ones(study.subjects.size) if counts is None else np.asarray(counts, float)
     many = study.subjects.size > 4 * chunk
     scouts = 0 if start is not None else SCOUTS // 4 if many else SCOUTS
     points, log_weight, blocks = _rule(engine.joint.effect_size, order) if order else _none(engine)
     parts = []
-    for number, (rows, counts, part) in enumerate(chunks(study, chunk)):
-        own = np.zeros((len(counts), engine.joint.effect_size))
+    for number, (rows, real, part) in enumerate(chunks(study, chunk)):
+        own, count = np.zeros((len(real), engine.joint.effect_size)), np.zeros(len(real))
+        count[: len(rows)] = counts[rows]
         if start is not None:
             own[: len(rows)] = start[rows]
         found = _evaluate(
-            engine, jax.random.fold_in(key, number), theta, weights, part, counts, own, scouts,
+            engine, jax.random.fold_in(key, number), theta, weights, part, count, own, scouts,
             steps, points, log_weight, blocks,
         )  # fmt: skip
         found = jax.tree.map(np.asarray, found)
@@ -174,12 +178,14 @@ def _evaluate(
         found = _by_quadrature(engine, theta, weights, study, conditional, *rule)
     covariance = found.spread - found.away[:, :, None] * found.away[:, None, :]
     into = _places(engine)
-    score = jnp.where(counts[:, None], found.first @ into, 0.0)
-    second = jnp.where(counts[:, None, None], found.second, 0.0).sum(0)
-    outer = score.T @ score
+    # A subject that counts 0 times may be one that the model cannot predict.
+    score = jnp.where(counts[:, None] > 0, found.first @ into, 0.0)
+    second = jnp.where(counts[:, None, None] > 0, found.second, 0.0)
+    second = jnp.einsum("s,spq->pq", counts, second)
+    outer = score.T @ (counts[:, None] * score)
     return Evaluation(
         conditional, conditional.mean + found.away, covariance, found.log_likelihood,
-        score.sum(0), into.T @ second @ into - outer, outer,
+        counts @ score, into.T @ second @ into - outer, outer,
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class Joint:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Joint):
             return NotImplemented
-        return self.model is other.model and self.signature == other.signature
+        return self.model == other.model and self.signature == other.signature
 
     def __hash__(self) -> int:
         return hash((self.model, self.signature))

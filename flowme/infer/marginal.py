@@ -1,29 +1,46 @@
-"""The marginal log-likelihood by importance sampling, with its Monte-Carlo standard error."""
+"""The marginal log-likelihood by importance sampling: its Monte-Carlo error, and its doubts."""
 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.special import logsumexp
 
-from flowme.infer.conditional import find, importance, likelihood_at, log_mean, population_law
+from flowme.infer.conditional import find, importance, likelihood_at, population_law
 from flowme.infer.evaluate import CHUNK, LARGEST, Engine, Evaluation, chunks, evaluate
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
+from flowme.infer.pareto import TOO_HEAVY, pareto_k
 from flowme.study import Study
+
+POINTS = 320  # per subject and replicate: of these 256, a whole Sobol net, near the mode
+REPLICATES = 8
 
 
 class MarginalLikelihood(NamedTuple):
-    """log p(y_i; θ) of every subject and its Monte-Carlo standard error, each `[subject]`."""
+    """log p(y_i; θ) of every subject, and how far it is to be believed.
+
+    Attributes:
+        log_likelihood: log p(y_i; θ), `[subject]`.
+        standard_error: of each, `[subject]`: Monte-Carlo, or by quadrature the last change.
+        method: how it was found.
+        pareto_k: k̂ of each subject's importance weights (`flowme.infer.pareto`), `[subject]`;
+            above .7 the value and its standard error are not to be believed. None by quadrature.
+        messages: what the user should know: the subjects whose k̂ is above .7.
+    """
 
     log_likelihood: np.ndarray
     standard_error: np.ndarray
     method: str = "importance sampling"
+    pareto_k: np.ndarray | None = None
+    messages: tuple[str, ...] = ()
 
     @property
     def total(self) -> float:
@@ -41,8 +58,8 @@ def marginal_log_likelihood(
     fit: Fit,
     study: Study | None = None,
     *,
-    points: int = 256,
-    replicates: int = 8,
+    points: int = POINTS,
+    replicates: int = REPLICATES,
 ) -> MarginalLikelihood:
     """log p(y_i; θ) = log ∫ p(y_i | η; θ) p(η; θ) dη for every subject of `study`.
 
@@ -50,6 +67,7 @@ def marginal_log_likelihood(
     the random effects (`flowme.infer.conditional.importance`), in independent randomised
     quasi-Monte-Carlo replicates whose spread gives the standard error. The study need not be the
     one the model was fitted to: this is how held-out subjects are judged, whatever their law.
+    Errors of different subjects are independent.
 
     Args:
         key: random key; is consumed.
@@ -57,11 +75,17 @@ def marginal_log_likelihood(
         study: the subjects; by default those of the fit.
         points: points per subject and replicate.
         replicates: independent replicates, at least 2.
+
+    Warns:
+        UserWarning: subjects with a Pareto k̂ above .7 (also in `messages`).
     """
     study = fit.study if study is None else study
-    return estimate_marginal(
+    found = estimate_marginal(
         key, fit.joint, fit.theta, fit.weights, study, points=points, replicates=replicates
     )
+    for message in found.messages:
+        warnings.warn(message, stacklevel=2)
+    return found
 
 
 def estimate_marginal(
@@ -71,20 +95,43 @@ def estimate_marginal(
     weights: Weights,
     study: Study,
     *,
-    points: int = 256,
-    replicates: int = 8,
+    points: int = POINTS,
+    replicates: int = REPLICATES,
 ) -> MarginalLikelihood:
     """`marginal_log_likelihood` of `joint` at θ and these flow weights."""
     if replicates < 2:
         raise ValueError(f"expected at least 2 replicates for a standard error; got {replicates}.")
-    parts = [
-        np.asarray(_replicates(joint, points, replicates, k, theta, weights, part))[:, : len(rows)]
-        for k, (rows, _, part) in zip(_keys(key), chunks(study), strict=False)
-    ]
-    values = np.concatenate(parts, axis=1)
+    parts = []
+    for k, (rows, _, part) in zip(_keys(key), chunks(study), strict=False):
+        terms = np.asarray(_replicates(joint, points, replicates, k, theta, weights, part))
+        parts.append(_summarise(terms[..., : len(rows)]))
+    mean, error, heavy = (np.concatenate(x) for x in zip(*parts, strict=True))
+    messages = _doubts(heavy, study, points)
+    return MarginalLikelihood(mean, error, pareto_k=heavy, messages=messages)
+
+
+def _summarise(terms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """log p(y_i), its standard error and k̂, from log v_ik p(y_i | η_ik) p(η_ik)
+    `[replicate, point, subject]`."""
+    replicates = len(terms)
+    values = logsumexp(terms, axis=1)
     mean = logsumexp(values, axis=0) - np.log(replicates)
-    error = np.std(np.exp(values - mean), axis=0, ddof=1) / np.sqrt(replicates)
-    return MarginalLikelihood(mean, error)
+    with np.errstate(invalid="ignore"):  # a subject that is impossible at all nodes
+        error = np.std(np.exp(values - mean), axis=0, ddof=1) / np.sqrt(replicates)
+    return mean, error, pareto_k(terms.reshape(-1, terms.shape[2]))
+
+
+def _doubts(heavy: np.ndarray, study: Study, points: int) -> tuple[str, ...]:
+    """A message naming the subjects whose k̂ is above .7."""
+    worst = np.argsort(-heavy)[: np.sum(heavy > TOO_HEAVY)]
+    if not worst.size:
+        return ()
+    named = ", ".join(f"{study.subjects.ids[i]} ({heavy[i]:.2f})" for i in worst[:5])
+    return (
+        f"importance sampling: expected Pareto k below {TOO_HEAVY}; got more for {worst.size} "
+        f"subject(s): {named}{', ...' if worst.size > 5 else ''}. Their log p(y) and its standard "
+        f"error are not to be believed: raise points (now {points}), and see whether it changes.",
+    )
 
 
 def _keys(key: jax.Array) -> Iterator[jax.Array]:
@@ -139,12 +186,13 @@ def spread(size: int, count: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _replicates(joint: Joint, points: int, replicates: int, key, theta, weights, study) -> Any:
+    """log v_ik p(y_i | η_ik) p(η_ik), `[replicate, point, subject]`."""
     conditional = find(joint, theta, weights, study)
     broad = population_law(joint, theta, weights, study)
 
     def replicate(key):
         nodes, effect = importance(key, conditional, broad, points)
-        likelihood = likelihood_at(joint, theta, weights, nodes, study)
-        return log_mean(likelihood, effect, nodes.log_weight)
+        terms = likelihood_at(joint, theta, weights, nodes, study) + effect + nodes.log_weight
+        return jnp.where(jnp.isnan(terms), -jnp.inf, terms)
 
     return jax.lax.map(replicate, jax.random.split(key, replicates))

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from flowme.effects import GaussianRandomEffect
 from flowme.infer.evaluate import CHUNK, Engine, Evaluation, evaluate
-from flowme.infer.joint import Joint
+from flowme.infer.joint import Joint, Weights
+from flowme.infer.references import find
 from flowme.study import Study
 
 # Gauss-Hermite nodes per effect while climbing, far from the maximum and near it, by number of
@@ -43,16 +45,24 @@ class Newton(NamedTuple):
         engine: what is evaluated.
         use_priors: maximise log p(y; θ) + log p(θ).
         chunk: subjects in one call of the compiled program.
+        counts: how often each subject counts, `[subject]`; None: once.
+        held: places in θ that stay as they are.
     """
 
     engine: Engine
     use_priors: bool = False
     chunk: int = CHUNK
+    counts: np.ndarray | None = None
+    held: tuple[int, ...] = ()
 
     def start(self, key, theta, weights, study) -> NewtonState:
         """The state at θ, the modes found by ten steps from the best of some points."""
         near = study.subjects.size > 4 * self.chunk  # where some of the subjects led
         return self._at(key, np.asarray(theta), weights, study, None, 10, 1.0, near)
+
+    def near(self, key, theta, weights, study, modes) -> NewtonState:
+        """The state at θ close to a maximum, the modes known but for two steps."""
+        return self._at(key, np.asarray(theta), weights, study, np.asarray(modes), 2, 1.0, True)
 
     def step(self, key, state: NewtonState, weights, study) -> NewtonState:
         """One trust-region step: accepted if it adds a tenth of what it promised."""
@@ -69,19 +79,66 @@ class Newton(NamedTuple):
             return state._replace(radius=0.3 * min(length, state.radius))
         return new._replace(radius=max(state.radius, 2.5 * length) if ratio > 0.7 else state.radius)
 
+    def finish(self, key, state, weights, study, tolerance=1e-3, most=50):
+        """Steps until a full one is expected to add less than the tolerance, and that one, which
+        squares what was left; whether it came to this."""
+        for _ in range(most):
+            if state.gain < tolerance or not np.isfinite(state.objective):
+                break
+            state = self.step(key, state, weights, study)
+        if done := bool(state.gain < tolerance):
+            state = self.step(key, state, weights, study)
+        return state, done
+
     def _at(self, key, theta, weights, study, modes, steps, radius, near) -> NewtonState:
         order = 0 if self.engine.points else ORDER[self.engine.joint.effect_size][near]
         found = evaluate(
             self.engine, key, theta, weights, study, modes,
-            order=order, steps=steps, chunk=self.chunk,
+            order=order, steps=steps, chunk=self.chunk, counts=self.counts,
         )  # fmt: skip
-        values = [found.log_likelihood.sum(), found.gradient, found.hessian]
+        values = [_total(found.log_likelihood, self.counts), found.gradient, found.hessian]
         if self.use_priors:
             prior = _log_prior(self.engine.joint, theta, jax.tree.map(lambda x: x[:1], study))
             values = [a + np.asarray(b) for a, b in zip(values, prior, strict=True)]
         objective, gradient, hessian = values
+        if self.held:
+            gradient, hessian = _hold(self.held, gradient, hessian)
         *_, gain = trust_region(gradient, hessian, np.inf)
         return NewtonState(theta, found, float(objective), gradient, hessian, radius, near, gain)
+
+
+def newton_of(
+    joint: Joint,
+    theta,
+    weights: Weights,
+    study: Study,
+    *,
+    use_priors: bool,
+    points: int = 256,
+    chunk: int = CHUNK,
+) -> Newton:
+    """The iteration for a model: by quadrature if its effects are Gaussian and at most four, else
+    by `points` importance nodes per subject."""
+    laws = joint.roles.laws
+    gaussian = all(isinstance(laws.get(n), GaussianRandomEffect) for n in joint.roles.effects)
+    points = 0 if gaussian and joint.effect_size in ORDER else points
+    return Newton(Engine(joint, find(joint, theta, weights, study), points), use_priors, chunk)
+
+
+def _total(log_likelihood: np.ndarray, counts: np.ndarray | None) -> float:
+    """Σ_i c_i log p(y_i), whatever the subjects that do not count."""
+    if counts is None:
+        return log_likelihood.sum()
+    return float(np.sum(np.where(counts > 0, counts * log_likelihood, 0.0)))
+
+
+def _hold(held: tuple[int, ...], gradient: np.ndarray, hessian: np.ndarray):
+    """Gradient and Hessian of an objective that gains nothing from moving these places."""
+    gradient, hessian = gradient.copy(), hessian.copy()
+    gradient[list(held)] = 0.0
+    hessian[list(held)], hessian[:, list(held)] = 0.0, 0.0
+    hessian[held, held] = -1.0
+    return gradient, hessian
 
 
 @partial(jax.jit, static_argnums=0)

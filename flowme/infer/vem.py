@@ -22,8 +22,8 @@ from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, start_weights
 from flowme.infer.learn import Block, Learn, LearnState, side_by_side
 from flowme.infer.marginal import MarginalLikelihood, by_quadrature, estimate_marginal, spread
-from flowme.infer.newton import ORDER, Newton, NewtonState
-from flowme.infer.references import References, find
+from flowme.infer.newton import ORDER, Newton, NewtonState, newton_of
+from flowme.infer.references import References
 from flowme.primitives import replace_effect
 from flowme.study import Study
 
@@ -181,13 +181,10 @@ class VariationalEM:
     # The Newton iteration.
 
     def _newton(self, joint: Joint, theta, weights, study: Study) -> Newton:
-        laws = joint.roles.laws
-        gaussian = all(
-            isinstance(laws.get(name), GaussianRandomEffect) for name in joint.roles.effects
-        )
-        points = 0 if gaussian and joint.effect_size in ORDER else self.points
-        found = find(joint, theta, weights, study)
-        return Newton(Engine(joint, found, points), self.use_priors, self.chunk)
+        return newton_of(
+            joint, theta, weights, study,
+            use_priors=self.use_priors, points=self.points, chunk=self.chunk,
+        )  # fmt: skip
 
     def _climb(self, key, joint: Joint, values, study: Study, progress: bool) -> _Course:
         """Newton steps to the maximum: from several starts where the study is small, and first on
