@@ -16,6 +16,9 @@ FLOWS = {
     "spline coupling, 2d": (flows.SplineCoupling(), 2),
     "spline coupling, 3d": (flows.SplineCoupling(layers=3, width=5, bins=6), 3),
     "deep conditioner, 5d": (flows.SplineCoupling(layers=2, depth=2), 5),
+    "splines alone, 2d": (flows.SplineCoupling(components=0), 2),
+    "marginal mixture, 1d": (flows.MarginalMixture(), 1),
+    "marginal mixture, 3d": (flows.MarginalMixture(components=4), 3),
     "monotone spline, 1d": (flows.MonotoneSpline(), 1),
     "monotone spline, 3d": (flows.MonotoneSpline(bins=5), 3),
 }

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import FLOWS, bent_weights
+from scipy.stats import norm
 
 from flowme import flows
 
@@ -64,3 +65,34 @@ def test_size_counts_the_weights(flow, dim):
 def test_bad_input(bad, words):
     with pytest.raises(ValueError, match=words):
         bad()
+
+
+def test_marginals_are_the_mixture_that_the_draws_come_from():
+    """Two modes are found, a Gaussian coordinate is left at the identity, and the density is that
+    of the standardised mixture."""
+    rng = np.random.default_rng(0)
+    two = np.where(rng.random(4000) < 0.4, -1.0 + 0.2 * rng.normal(size=4000), 1.0)
+    two = two + 0.3 * rng.normal(size=4000)
+    z = np.stack([(two - two.mean()) / two.std(), rng.normal(size=4000)], 1)
+    flow = flows.MarginalMixture(components=2)
+    weights = flow.start(jax.random.key(0), z, 500)
+    share, loc, log_scale = np.asarray(weights).reshape(2, 3, 2)[0]
+    np.testing.assert_array_equal(weights.reshape(2, 3, 2)[1], 0.0)
+    assert loc.min() < -1 and loc.max() > 0.5
+    share, scale = np.exp(share), np.exp(log_scale)
+    mean = share @ loc / share.sum()
+    sd = np.sqrt(share @ (scale**2 + (loc - mean) ** 2) / share.sum())
+    u = np.linspace(-2, 2, 9)
+    density = [share / share.sum() @ norm.pdf(x, (loc - mean) / sd, scale / sd) for x in u]
+    at = jnp.stack([u, 0 * u], 1)
+    inverse, log_det = flow.bijector(weights, 2).inverse_and_log_det(at)
+    found = jnp.exp(jnp.sum(-0.5 * inverse**2, 1) + log_det) / (2 * np.pi) / norm.pdf(0.0)
+    np.testing.assert_allclose(found, density, rtol=1e-10)
+
+
+def test_far_tails_are_finite():
+    flow = flows.MarginalMixture()
+    weights = bent_weights(flow, 1)
+    for far in (-25.0, 25.0):
+        z, log_det = flow.bijector(weights, 1).inverse_and_log_det(jnp.array([far]))
+        assert np.all(np.isfinite(z)) and np.isfinite(log_det) and np.sign(z[0]) == np.sign(far)

@@ -486,7 +486,7 @@ class _Plan(NamedTuple):
         theta, weights = jax.tree.map(
             lambda x: np.broadcast_to(x, (*shape, *x.shape)), (start.theta, start.weights)
         )
-        each = np.broadcast_to(log_likelihood, (1, *self.masks.shape))
+        each: Any = np.broadcast_to(log_likelihood, (1, *self.masks.shape))
         return Block(each, theta, weights)
 
     @property
