@@ -104,10 +104,8 @@ class Comparison:
         if count < size:
             text += f"\nInterrupted: these are {count} of {size} subjects."
         for law, some in self.messages.items():
-            shown = [f"{law}, {message}" for message in some[:3]]
-            if len(some) > 3:
-                shown.append(f"{law}: {len(some) - 3} more, see `messages`")
-            text += "".join(f"\n{line}" for line in shown)
+            more = f" ({len(some) - 1} more in `messages`)" if len(some) > 1 else ""
+            text += f"\n{law}, {some[0]}{more}"
         return text
 
     __repr__ = __str__
