@@ -24,10 +24,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from flowme.infer.fit import Fit
-from flowme.infer.joint import Joint, start_weights
+from flowme.infer.joint import Joint
 from flowme.infer.newton import Newton, newton_of
 from flowme.infer.resampled import Bootstrap
-from flowme.infer.vem import VariationalEM, _gaussians
+from flowme.infer.vem import VariationalEM, _gaussians, _start
 from flowme.primitives import replace_effect
 
 
@@ -143,6 +143,7 @@ class _Relearn(NamedTuple):
     program: Any  # update of all states, compiled
     learn: Any
     fit: Fit
+    names: tuple[str, ...]  # the random effects with a flow
 
     @classmethod
     def of(cls, vem: VariationalEM, fit: Fit, dependence: float) -> _Relearn:
@@ -167,17 +168,17 @@ class _Relearn(NamedTuple):
             study = jax.tree.map(lambda x: jnp.asarray(x)[rows], fit.study)
             return learn.update(key, state, everyone, dependence, study)
 
-        return cls(_Climb(newton, first), jax.jit(jax.vmap(update)), learn, fit)
+        return cls(_Climb(newton, first), jax.jit(jax.vmap(update)), learn, fit, tuple(laws))
 
     def run(self, keys: list[jax.Array], counts: np.ndarray) -> list[_Estimate]:
         rows, states, converged = [], [], []
-        for count in counts:
+        for key, count in zip(keys, counts, strict=True):
             state, ended = self.gaussian.climb(count)
             rows.append(np.repeat(np.arange(len(count)), count.astype(int)))
-            states.append(self._start(state, rows[-1]))
+            states.append(self._start(key, state, rows[-1]))
             converged.append(ended)
         state = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *states)
-        for number in range(int(self.fit.selected or 0)):
+        for number in range(int(self.fit.selected or 0) - 1):  # number 0 is the Gaussian itself
             now = jnp.stack([jax.random.fold_in(key, number) for key in keys])
             state = self.program(now, state, np.stack(rows))
         theta, weights = np.asarray(state.theta), jax.tree.map(np.asarray, state.weights)
@@ -187,14 +188,17 @@ class _Relearn(NamedTuple):
             for r in range(len(keys))
         ]
 
-    def _start(self, state, rows: np.ndarray):
+    def _start(self, key, state, rows: np.ndarray):
         """Where the learning starts, given the Gaussian estimate."""
-        joint, gaussian = self.fit.joint, self.gaussian.fit.joint
-        values = {k: v for k, v in self.fit.params.items() if k in joint.roles.population}
-        found = gaussian.constrain(jnp.asarray(state.theta))
-        values |= {k: v for k, v in found.items() if k in values}
-        conditional = jax.tree.map(lambda x: x[rows], state.evaluation.conditional)
-        return self.learn.start(joint.unconstrain(values), start_weights(joint), conditional)
+        joint, conditional = self.fit.joint, state.evaluation.conditional
+        first: Any = dataclasses.replace(
+            self.gaussian.fit, theta=state.theta, conditional=conditional
+        )
+        known = {k: v for k, v in self.fit.params.items() if k in joint.roles.population}
+        laws = {n: joint.roles.laws[n] for n in self.names}
+        values, weights = _start(key, joint, laws, first, {}, rows)
+        own = jax.tree.map(lambda x: x[rows], conditional)
+        return self.learn.start(joint.unconstrain({**known, **values}), weights, own)
 
 
 class _File(NamedTuple):
