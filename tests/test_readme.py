@@ -14,9 +14,9 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 # The README compares on 12 subjects, where PSIS and ArviZ have things to say.
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
+@pytest.mark.filterwarnings("ignore:importance sampling:UserWarning")
 @pytest.mark.filterwarnings("ignore:The inplace keyword:Warning")  # arviz 0.23, on pandas 3
 @pytest.mark.filterwarnings("ignore:(R-hat|effective sample size|[0-9]+ divergent):UserWarning")
-@pytest.mark.slow
 def test_code_of_the_readme(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     short = functools.partial(fm.VariationalEM, flow_updates=5, folds=2)

@@ -237,6 +237,8 @@ class VariationalEM:
                 bar.set_postfix_str(f"-2LL {-2 * history[-1]:.3f}, gain {state.gain:.1e}")
                 if done:
                     return state, True, ""
+                if state.radius < 1e-9:
+                    return state, False, "stopped: no step raises the likelihood any more"
                 if not np.isfinite(history[-1]) and len(history) > 5:
                     return state, False, "stopped: the marginal likelihood is not finite"
         except KeyboardInterrupt:
