@@ -64,6 +64,10 @@ class Newton(NamedTuple):
         """The state at θ close to a maximum, the modes known but for two steps."""
         return self._at(key, np.asarray(theta), weights, study, np.asarray(modes), 2, 1.0, True)
 
+    def again(self, key, state: NewtonState, weights, study) -> NewtonState:
+        """The state at the same θ, the modes looked for anew."""
+        return self._at(key, state.theta, weights, study, None, 10, state.radius, state.near)
+
     def step(self, key, state: NewtonState, weights, study) -> NewtonState:
         """One trust-region step: accepted if it adds a tenth of what it promised."""
         modes = state.evaluation.conditional.mean

@@ -226,6 +226,7 @@ class VariationalEM:
         state = newton.start(key, theta, weights, study)
         history.append(state.objective)
         why = f"not converged after {self.max_iterations} iterations: raise max_iterations"
+        looked_again = study.subjects.size > 4 * self.chunk
         try:
             for _ in range(self.max_iterations):
                 done = state.near and state.gain < self.tolerance
@@ -235,6 +236,11 @@ class VariationalEM:
                 history.append(state.objective)
                 bar.update()
                 bar.set_postfix_str(f"-2LL {-2 * history[-1]:.3f}, gain {state.gain:.1e}")
+                if done and not looked_again:
+                    # Modes were followed from where θ began: some may have been left behind.
+                    state, looked_again = newton.again(key, state, weights, study), True
+                    history.append(state.objective)
+                    done = state.gain < self.tolerance
                 if done:
                     return state, True, ""
                 if state.radius < 1e-9:
