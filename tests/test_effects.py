@@ -190,7 +190,7 @@ def test_start_from_a_gaussian_fit(law: RandomEffect):
         [rng.normal([-1, 0.2], 0.2, (400, 2)), rng.normal([1, -0.2], 0.2, (400, 2))]
     )
     covariance = np.cov(eta.T)
-    started = law.with_parameters(**law.start(jax.random.key(0), covariance, eta))
+    started = law.with_parameters(**law.start(jax.random.key(0), covariance, eta, len(eta)))
     diagonal = not getattr(law, "full", False)
     found = started.covariance_matrix
     expected = np.diag(np.diag(covariance)) if diagonal else covariance

@@ -119,7 +119,8 @@ def test_start_finds_two_clusters():
     eta = rng.normal(np.where(rng.random(2000) < 0.4, -1.0, 0.7)[:, None], 0.25, (2000, 1))
     effect = SemiNonparametricRandomEffect(["phi"], 4)
     covariance = np.cov(eta.T, ddof=0)[None, None]
-    effect = effect.with_parameters(**effect.start(jax.random.key(0), covariance, eta))
+    start = effect.start(jax.random.key(0), covariance, eta, len(eta))
+    effect = effect.with_parameters(**start)
     centred = eta - eta.mean()
     gaussian = stats.norm(0, centred.std()).logpdf(centred).mean()
     truth = np.log(
