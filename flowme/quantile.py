@@ -44,35 +44,56 @@ class MixtureQuantile(distrax.Bijector):
         return _inverse(self._mixture, y)
 
     def forward_and_log_det(self, x):
-        # Read off a table, then by Newton steps: the last one carries the derivatives.
-        z, mixture = jax.lax.stop_gradient((x, self._mixture))
-        grid = jnp.linspace(-_WIDE, _WIDE, _GRID)
-        table, _ = _inverse(mixture, jnp.broadcast_to(grid[:, None], (_GRID, x.shape[-1])))
-        read = jax.vmap(lambda z, t: jnp.interp(z, t, grid), in_axes=1, out_axes=1)
-        u = read(z.reshape(-1, x.shape[-1]), table).reshape(x.shape)
-        u = jax.lax.fori_loop(0, 4, lambda _, u: _newton(mixture, u, z), u)
-        u = _newton(self._mixture, u, x)
-        return u, -_inverse(self._mixture, u)[1]
+        return _forward(self._mixture, x)
 
 
+@jax.jit
 def _inverse(mixture, u):
     """z = Φ⁻¹(F(u)) and log |dz/du|, summed over coordinates."""
-    log_share, loc, scale = mixture
-    x = (u[..., None] - loc) / scale
-    share = 0.5 * jnp.exp(log_share)
-    below, above = (jnp.sum(share * erfc(s * x / np.sqrt(2)), -1) for s in (-1, 1))
-    # From the tail that is the smaller: 1 - 1e-17 is 1.
-    tail = jnp.maximum(jnp.minimum(below, above), jnp.finfo(x.dtype).tiny)
-    z = jnp.where(below < above, 1.0, -1.0) * ndtri(tail)
-    normal = -0.5 * (x**2 + jnp.log(2 * jnp.pi)) - jnp.log(scale)
-    density = logsumexp(log_share + normal, axis=-1)
-    return z, jnp.sum(density + 0.5 * (z**2 + jnp.log(2 * jnp.pi)), -1)
+    z = _normal_score(mixture, u)
+    return z, jnp.sum(_log_slope(mixture, u, z), -1)
+
+
+@jax.jit
+def _forward(mixture, z):
+    """u = F⁻¹(Φ(z)) and log |du/dz|, summed over coordinates."""
+    # Read off a table, then by Newton steps: the last one carries the derivatives.
+    to, held = jax.lax.stop_gradient((z, mixture))
+    grid = jnp.linspace(-_WIDE, _WIDE, _GRID)
+    table = _normal_score(held, jnp.broadcast_to(grid[:, None], (_GRID, z.shape[-1])))
+    read = jax.vmap(lambda z, t: jnp.interp(z, t, grid), in_axes=1, out_axes=1)
+    u = read(to.reshape(-1, z.shape[-1]), table).reshape(z.shape)
+    u = jax.lax.fori_loop(0, 4, lambda _, u: _newton(held, u, to), u)
+    u = _newton(mixture, u, z)
+    return u, -jnp.sum(_log_slope(mixture, u, z), -1)
 
 
 def _newton(mixture, u, z):
     """One step towards Φ⁻¹(F(u)) = z."""
-    at, slope = jax.jvp(lambda v: _inverse(mixture, v)[0], (u,), (jnp.ones_like(u),))
-    return u - (at - z) / jax.lax.stop_gradient(slope)
+    at = _normal_score(mixture, u)
+    return u - (at - z) * jnp.exp(-jax.lax.stop_gradient(_log_slope(mixture, u, at)))
+
+
+def _normal_score(mixture, u):
+    """z = Φ⁻¹(F(u))."""
+    log_share, loc, scale = mixture
+    x = (u[..., None] - loc) / scale
+    right = x >= 0
+    tail = erfc(jnp.where(right, x, -x) / np.sqrt(2))
+    share = 0.5 * jnp.exp(log_share)
+    below = jnp.sum(share * jnp.where(right, 2 - tail, tail), -1)
+    above = jnp.sum(share * jnp.where(right, tail, 2 - tail), -1)
+    # From the tail that is the smaller: 1 - 1e-17 is 1.
+    least = jnp.maximum(jnp.minimum(below, above), jnp.finfo(x.dtype).tiny)
+    return jnp.where(below < above, 1.0, -1.0) * ndtri(least)
+
+
+def _log_slope(mixture, u, z):
+    """log dz/du = log f(u) - log φ(z) in each coordinate."""
+    log_share, loc, scale = mixture
+    x = (u[..., None] - loc) / scale
+    density = logsumexp(log_share - 0.5 * x**2 - jnp.log(scale), axis=-1)
+    return density + 0.5 * z**2
 
 
 def fit_marginals(z: np.ndarray, components: int, subjects: int) -> np.ndarray:
