@@ -196,7 +196,8 @@ def _fit_footer(fit: Fit) -> tuple[str, ...]:
         + ("" if fit.weights else criteria),  # a penalised weight is less than a parameter
         f"{_size(fit.study)}; {fit.joint.size} estimated parameters"
         + (f" and {fit.parameter_count - fit.joint.size} flow weights" if fit.weights else ""),
-        f"Estimated by {method}: {'converged' if fit.converged else 'NOT CONVERGED'}.",
+        f"Estimated by {method}: {'converged' if fit.converged else 'NOT CONVERGED'}"
+        + (f" ({fit.seconds})." if fit.seconds else "."),
     ]
     if fit.selection is not None and fit.selected is not None:
         near = slice(max(0, fit.selected - 2), fit.selected + 3)

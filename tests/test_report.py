@@ -57,7 +57,8 @@ def test_the_text_is_aligned_and_says_how_it_ended():
     assert all(line[column - 1] != " " and line[column] == " " for line in table[2:])
     assert f"-2 log-likelihood {fit.minus_two_ll:.2f}" in text
     assert "12 subjects, 120 observations; 7 estimated parameters" in text
-    assert "converged." in text and "NOT CONVERGED" not in text
+    assert f"converged ({fit.seconds})." in text and "NOT CONVERGED" not in text
+    assert fit.seconds is not None and 0 < fit.seconds.compilation < fit.seconds.total
 
 
 def test_what_went_wrong_is_said():

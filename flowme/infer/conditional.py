@@ -228,37 +228,42 @@ def importance(
     count: int,
     *,
     share: float = 0.2,
-    inflate: float = 1.2,
+    stretch: float = 2.0,
 ) -> tuple[Nodes, jax.Array]:
     """Randomised quasi-Monte-Carlo nodes of the mixture proposal
 
-        q_i = (1 - share) N(m_i, inflate² C_i) + share · broad.
+        q_i = (1 - share) [N(m_i, C_i) + N(m_i, stretch² C_i)] / 2 + share · broad;
 
-    Points of the first part are a Sobol sequence shifted at random, for each subject by itself.
+    the second part is for conditional distributions that are skewed, or have heavier tails than
+    the Gaussian. Points of the first two are a Sobol sequence shifted at random, for each subject
+    by itself.
 
     Args:
         key: random key; is consumed.
         conditional: m_i and the factors of C_i.
-        broad: the second part.
+        broad: the third part.
         count: nodes per subject.
 
     Returns:
         The nodes, and the log density of `broad` at them, `[node, subject]`.
     """
-    mean, tril = conditional.mean, inflate * conditional.scale_tril
+    mean, tril = conditional
     subjects, size = mean.shape
     wide = max(1, round(share * count))
     near = count - wide
+    scale = np.where(np.arange(near) < near // 2, 1.0, stretch)
     key_shift, key_wide = jax.random.split(key)
     shift = jax.random.uniform(key_shift, (subjects, size))
     points = (jnp.asarray(_sobol(size, near))[:, None] + shift) % 1.0
     tiny = jnp.finfo(points.dtype).eps
-    z = jax.scipy.special.ndtri(jnp.clip(points, tiny, 1 - tiny))
+    z = scale[:, None, None] * jax.scipy.special.ndtri(jnp.clip(points, tiny, 1 - tiny))
     eta = jnp.concatenate([mean + jnp.einsum("sde,kse->ksd", tril, z), broad.draw(key_wide, wide)])
     log_wide = broad.log_density(eta)
-    whitened = jnp.einsum("sde,kse->ksd", _inverse(tril), eta - mean)
-    log_near = -0.5 * jnp.sum(whitened**2 + math.log(2 * math.pi), -1) - log_det(tril)
-    log_q = jnp.logaddexp(math.log(near / count) + log_near, math.log(wide / count) + log_wide)
+    square = jnp.sum(jnp.einsum("sde,kse->ksd", _inverse(tril), eta - mean) ** 2, -1)
+    log_q = math.log(wide / count) + log_wide
+    for s in np.unique(scale):
+        log_near = -0.5 * (square / s**2 + size * math.log(2 * math.pi * s**2)) - log_det(tril)
+        log_q = jnp.logaddexp(log_q, math.log(np.sum(scale == s) / count) + log_near)
     return Nodes(eta, -log_q - math.log(count)), log_wide
 
 

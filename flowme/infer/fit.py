@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowme.infer.clock import Seconds
 from flowme.infer.conditional import Conditional
 from flowme.infer.errors import Correlation, correlation, invert, parameter_names, sandwich
 from flowme.infer.joint import Joint, Weights
@@ -44,6 +45,7 @@ class Fit:
         selected: for flows, the number of updates chosen; 0: the Gaussian was kept.
         outer: the outer product Σ_i s_i s_iᵀ of the subjects' scores s_i at θ.
         method: how `log_likelihood` was found.
+        seconds: how long the estimation took, and its compilation.
     """
 
     joint: Joint
@@ -62,6 +64,7 @@ class Fit:
     selected: int | None = None
     outer: np.ndarray | None = None
     method: str = "importance sampling"
+    seconds: Seconds | None = None
 
     @property
     def params(self) -> dict[str, jax.Array]:
@@ -157,6 +160,7 @@ def save(fit: Fit, path: str | Path) -> Path:
         "use_priors": fit.use_priors,
         "selected": fit.selected,
         "method": fit.method,
+        "seconds": fit.seconds,
     }
     arrays: dict[str, Any] = {f"weights:{name}": w for name, w in fit.weights.items()}
     for field in ("theta", "log_likelihood", "log_likelihood_se", "history"):
@@ -203,8 +207,9 @@ def load(path: str | Path, model: Callable, study: Study) -> Fit:
         use_priors=header["use_priors"],
         selection=arrays.get("selection"),
         selected=header["selected"],
-        outer=arrays.get("outer"),  # files of older versions lack this and the method
+        outer=arrays.get("outer"),  # files of older versions lack this, the method and the time
         method=header.get("method", "importance sampling"),
+        seconds=Seconds(*header["seconds"]) if header.get("seconds") else None,
     )
 
 

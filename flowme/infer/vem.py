@@ -15,6 +15,7 @@ import optax
 from tqdm.auto import tqdm
 
 from flowme.effects import GaussianRandomEffect, MixtureRandomEffect, RandomEffect
+from flowme.infer.clock import Clock
 from flowme.infer.conditional import Conditional
 from flowme.infer.doubts import doubts
 from flowme.infer.evaluate import CHUNK, LARGEST, Engine, evaluate, scores
@@ -161,6 +162,7 @@ class VariationalEM:
         Raises:
             ValueError: the model or the starting values do not fit the study.
         """
+        clock = Clock()
         joint = Joint.of(self.model, study)
         laws = {name: law for name, law in joint.roles.laws.items() if _needs_start(law)}
         keys = jax.random.split(key, 4)
@@ -176,7 +178,8 @@ class VariationalEM:
                 course = self._learn_flow(keys[2], joint, start, first, study, progress)
             else:
                 course = self._climb(keys[2], joint, values, study, progress)
-        return self._finish(keys[3], course, study)
+        fit = self._finish(keys[3], course, study)
+        return dataclasses.replace(fit, seconds=clock.read())
 
     # The Newton iteration.
 
