@@ -221,6 +221,14 @@ def gaussian_law(mean: jax.Array, covariance: jax.Array, subjects: int) -> Compo
     return Component(draw, log_density)
 
 
+def everywhere(conditional: Conditional) -> Component:
+    """A Gaussian with the moments that all conditional distributions have together."""
+    mean, tril = conditional
+    covariance = jnp.cov(mean, rowvar=False, bias=True).reshape(mean.shape[1], -1)
+    covariance += jnp.mean(tril @ jnp.swapaxes(tril, 1, 2), 0)
+    return gaussian_law(mean.mean(0), covariance, len(mean))
+
+
 def importance(
     key: jax.Array,
     conditional: Conditional,

@@ -18,6 +18,7 @@ choose both λ and the number of updates: `side_by_side` runs all folds and pena
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -29,10 +30,9 @@ from flowme.effects import RandomEffect
 from flowme.infer.conditional import (
     Conditional,
     Nodes,
+    everywhere,
     importance,
-    likelihood_at,
     log_mean,
-    population_law,
     without_impossible,
 )
 from flowme.infer.joint import Joint, Weights
@@ -90,9 +90,10 @@ class Learn(NamedTuple):
             study: the study.
         """
         key_nodes, key_draws = jax.random.split(key)
-        broad = population_law(self.joint, state.theta, state.weights, study)
-        nodes, effect = importance(key_nodes, state.conditional, broad, self.points)
-        likelihood = likelihood_at(self.joint, state.theta, state.weights, nodes, study)
+        nodes, _ = importance(
+            key_nodes, state.conditional, everywhere(state.conditional), self.points
+        )
+        likelihood, effect = self._terms(state, nodes, study)
         log_likelihood = log_mean(likelihood, effect, nodes.log_weight)
         log_posterior = likelihood + effect + nodes.log_weight
         chosen = jax.random.categorical(
@@ -111,6 +112,12 @@ class Learn(NamedTuple):
         conditional = state.conditional._replace(mean=state.conditional.mean - shift)
         return LearnState(theta, weights, conditional, optimizer, log_likelihood)
 
+    def _terms(self, state: LearnState, nodes: Nodes, study: Study) -> tuple[jax.Array, jax.Array]:
+        """log p(y_i | η_ik) and log p(η_ik), `[node, subject]`."""
+        values = self.joint.constrain(state.theta)
+        terms = partial(self.joint.terms, values, state.weights, study=study)
+        return jax.vmap(lambda eta: terms(eta=eta))(nodes.eta)
+
     def _learned_sites(self) -> list[str]:
         """Population parameters that belong to the laws of the random effects: their scales."""
         return [name for name, site in self.joint.roles.population.items() if site.effect]
@@ -127,7 +134,7 @@ class Learn(NamedTuple):
         def loss(parameters):
             theta, weights, shift = self._absorb(state, parameters)
             values = self.joint.constrain(theta)
-            density = jax.vmap(lambda e: self.joint.terms(values, weights, e, study)[1])(
+            density = jax.vmap(lambda e: self.joint.effect_density(values, weights, e, study))(
                 eta - shift
             )
             prior = self.joint.log_prior(theta, study) if self.use_priors else 0.0
@@ -182,12 +189,14 @@ class Learn(NamedTuple):
             values = {k: v if k in free else held[k] for k, v in joint.constrain(theta).items()}
 
             def at(eta):
+                if own:
+                    return joint.likelihood(values, state.weights, eta, study)
                 likelihood, effect = joint.terms(values, state.weights, eta, study)
-                return likelihood if own else likelihood + effect - jax.lax.stop_gradient(effect)
+                return likelihood + effect - jax.lax.stop_gradient(effect)
 
             marginal = log_mean(jax.vmap(at)(nodes.eta), 0.0, nodes.log_weight)
             prior = joint.log_prior(theta, study) if self.use_priors else 0.0
-            return jnp.sum(jnp.where(mask > 0, marginal, 0.0)) + prior
+            return jnp.sum(jnp.where(mask > 0, mask * marginal, 0.0)) + prior
 
         select = jnp.zeros(joint.size)
         for name in free:
