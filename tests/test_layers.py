@@ -6,7 +6,7 @@ from pathlib import Path
 import flowme
 
 LAYERS = {
-    1: {"study", "table", "rows", "events", "datasets"},
+    1: {"study", "table", "rows", "regimen", "events", "datasets"},
     2: {
         "quantile",
         "flows",
