@@ -1,7 +1,14 @@
 """flowme: nonlinear mixed-effects models in NumPyro, with learned random-effect distributions."""
 
 from flowme import datasets, flows, plots, residual
-from flowme.closed_forms import oral_one_compartment
+from flowme.closed_forms import (
+    iv_one_compartment,
+    iv_three_compartment,
+    iv_two_compartment,
+    oral_one_compartment,
+    oral_three_compartment,
+    oral_two_compartment,
+)
 from flowme.convert import to_arviz
 from flowme.effects import (
     FlowRandomEffect,
@@ -40,6 +47,9 @@ __all__ = [
     "datasets",
     "flows",
     "individual",
+    "iv_one_compartment",
+    "iv_three_compartment",
+    "iv_two_compartment",
     "load",
     "marginal_log_likelihood",
     "mixture_by_bic",
@@ -47,6 +57,8 @@ __all__ = [
     "nuts",
     "observe",
     "oral_one_compartment",
+    "oral_three_compartment",
+    "oral_two_compartment",
     "plots",
     "population",
     "predict",

@@ -50,7 +50,7 @@ def read_regimen(table: Table, columns: Columns, event: np.ndarray | None) -> Re
     )
     return Regimen(
         dose=dose,
-        reset=np.isin(event, (3, 4)) | steady,
+        reset=steady if event is None else steady | np.isin(event, (3, 4)),
         amount=np.where(dose, amount, 0.0),
         rate=rate,
         duration=duration,
@@ -137,27 +137,27 @@ def write_out(regimen: Regimen, code: np.ndarray, time: np.ndarray) -> tuple[Tim
     rows = np.arange(code.size)
     order = np.lexsort((rows, time, code))
     resets = order[regimen.reset[order]]
-    source, number = [rows], [np.zeros(code.size)]
+    sources, numbers = [rows], [np.zeros(code.size)]
     for row in np.flatnonzero(regimen.additional > 0).tolist():
         later = resets[(code[resets] == code[row]) & (resets != row)]
         later = later[(time[later] > time[row]) | ((time[later] == time[row]) & (later > row))]
         count = np.arange(1, regimen.additional[row] + 1)
         if later.size:
             count = count[time[row] + count * regimen.interval[row] < time[later[0]]]
-        source.append(np.full(count.size, row))
-        number.append(count)
-    row, count = np.concatenate(source), np.concatenate(number)
-    first = count == 0
+        sources.append(np.full(count.size, row))
+        numbers.append(count)
+    origin, ordinal = np.concatenate(sources), np.concatenate(numbers)
+    first = ordinal == 0
     line = Timeline(
-        subject=code[row],
-        time=time[row] + count * regimen.interval[row],
-        place=np.where(first, row, -1),
-        dose=(regimen.dose | regimen.reset)[row],
-        reset=regimen.reset[row] & first,
-        amount=regimen.amount[row],
-        rate=regimen.rate[row],
-        duration=regimen.duration[row],
-        interval=np.where(regimen.steady[row] & first, regimen.interval[row], 0.0),
-        compartment=regimen.compartment[row],
+        subject=code[origin],
+        time=time[origin] + ordinal * regimen.interval[origin],
+        place=np.where(first, origin, -1),
+        dose=(regimen.dose | regimen.reset)[origin],
+        reset=regimen.reset[origin] & first,
+        amount=regimen.amount[origin],
+        rate=regimen.rate[origin],
+        duration=regimen.duration[origin],
+        interval=np.where(regimen.steady[origin] & first, regimen.interval[origin], 0.0),
+        compartment=regimen.compartment[origin],
     )
-    return line, row
+    return line, origin

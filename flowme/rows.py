@@ -119,7 +119,7 @@ def _read_event(table: Table, column: str) -> np.ndarray:
 
 
 def _refuse_early_doses(table: Table, code: np.ndarray, time: np.ndarray, regimen: Regimen) -> None:
-    """A dose that stands below the first row of its subject, and lies before it in time."""
+    """A dose below the first row of its subject and before it in time; a reset that goes back."""
     first = np.unique(code, return_index=True)[1][np.unique(code, return_inverse=True)[1]]
     given = regimen.dose | regimen.reset
     for row in np.flatnonzero(given & (time < time[first]) & (code >= 0)).tolist():
@@ -129,6 +129,14 @@ def _refuse_early_doses(table: Table, code: np.ndarray, time: np.ndarray, regime
             f"({table.name(first[row])})",
             f"{time[row]:g}. If that is right, sort the rows by time",
         )
+    latest: dict[int, float] = {}
+    for row in range(len(code)):
+        before = latest.get(code[row], -np.inf)
+        if regimen.reset[row] and time[row] < before:
+            expected = "a reset at or after the rows above it: times run on through a reset"
+            advice = f". Add {before:g} to the times from here on, or more"
+            table.found(row, expected, f"time {time[row]:g} after {before:g}{advice}")
+        latest[code[row]] = max(before, time[row])
 
 
 # Outcomes and covariates --------------------------------------------------------------------------

@@ -256,6 +256,17 @@ class Study:
                 write_column(frame, named, self.labels.dose_rows[written], dose[written])
         return frame
 
+    def row_of_dose(self, compartment: int) -> str:
+        """Where the table first gives a dose into a compartment, in words, for messages."""
+        labels, column = self.labels, self.labels.columns.compartment
+        for subject, dose in np.argwhere(labels.written) if column is not None else ():
+            row = labels.dose_rows[subject, dose]
+            if labels.frame[column].iloc[row] == compartment:
+                word = labels.frame.index.name
+                word = word if isinstance(word, str) else "row"
+                return f" ({word} {labels.frame.index[row]!r}, subject {self.ids[subject]!r})"
+        return ""
+
     def subset(
         self, indices: Iterable[int] | Array | None = None, *, ids: Iterable[Any] | None = None
     ) -> "Study":

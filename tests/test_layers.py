@@ -16,6 +16,7 @@ LAYERS = {
         "residual",
         "structural",
         "closed_forms",
+        "disposition",
     },
     3: {"primitives", "roles"},
     4: {"infer"},

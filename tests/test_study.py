@@ -725,6 +725,11 @@ BAD_TABLES = {
         {},
         ["row 5, subject 3: expected an infusion at steady state that ends before", "got 2 for"],
     ),
+    "reset that goes back in time": (
+        _regimen().assign(TIME=[0.0, 4.0, 1.0, 9.0, 11.0, 12.0, 0.0, 1.0, 20.0]),
+        {},
+        ["1 finding", "row 2, subject 1: expected a reset at or after", "time 1 after 4. Add 4 to"],
+    ),
     "several doses wrong": (
         _dosed_with(RATE=(5, -2.0), CMT=(0, 0), SS=(2, 1)),
         {},
