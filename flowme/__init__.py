@@ -26,6 +26,7 @@ from flowme.infer.nuts import nuts
 from flowme.infer.profile import profile
 from flowme.infer.smoothed import smoothed_npmle
 from flowme.infer.vem import VariationalEM
+from flowme.linear import solve_linear
 from flowme.predict import predict, simulate
 from flowme.primitives import individual, observe, population, random_effect, replace_effect
 from flowme.report import summary
@@ -70,6 +71,7 @@ __all__ = [
     "simulate",
     "smoothed_npmle",
     "solve",
+    "solve_linear",
     "summary",
     "to_arviz",
 ]
