@@ -89,5 +89,6 @@ def _cubic_roots(a2: Array, a1: Array, a0: Array) -> list[Array]:
     small, large = jax.lax.fori_loop(
         0, 40, lambda _, ends: tuple(newton(x, *held) for x in ends), ends
     )
-    middle = jnp.clip(held[2] / jnp.where(small * large == 0, 1, small * large), small, large)
+    # a1 - small large = middle (large + small): at least half of a1, so nothing cancels.
+    middle = (held[1] - small * large) / (large + small)
     return [newton(newton(x, a2, a1, a0), a2, a1, a0) for x in (large, middle, small)]

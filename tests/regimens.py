@@ -70,7 +70,7 @@ def study_of(cases):
     return Study.from_frame(frame, outcome={"conc": "DV"})
 
 
-def by_lsoda(rhs, rows, states, lag=None, part=None, cycles=120):
+def by_lsoda(rhs, rows, states, lag=None, part=None, cycles=60):
     """States after each row, [row, state], by LSODA at 1e-10, restarted at every event.
 
     A steady state is `cycles` doses before; `lag` and `part` are by compartment.
