@@ -14,13 +14,16 @@ __all__ = ["fixed_point"]
 _MOST_STEPS = 30
 
 
-def fixed_point(cycle: Callable[[Array, list[Array], Any], Array], states: int) -> Callable:
+def fixed_point(
+    cycle: Callable[[Array, list[Array], Any], Array], states: int, within: Array
+) -> Callable:
     r"""The state A with A = cycle(A, theta, given), as a function of (theta, given).
 
     By Newton's method from 0, which needs one step where the cycle is linear. It ends when a step
-    changes A by less than 1e-6 of it, so that the error left is of the order of the square of
-    that, besides the cycle's own. NaN if it has not ended after 30 steps: there is no steady
-    state, for instance where more is given than can be eliminated.
+    changes A by less than `within` of it, so that the error left is of the order of the square of
+    that, besides the cycle's own; `within` must be well above the cycle's own. NaN if it has not
+    ended after 30 steps: there is no steady state, for instance where more is given than can be
+    eliminated.
 
     Derivatives are those of the implicit equation,
     :math:`(I - \partial cycle / \partial A)\, dA = \partial cycle / \partial \theta\, d\theta`,
@@ -38,13 +41,13 @@ def fixed_point(cycle: Callable[[Array, list[Array], Any], Array], states: int) 
 
         def unfinished(carry: tuple[Array, Array, Array]) -> Array:
             _, size, count = carry
-            return (size > 1e-6) & (count < _MOST_STEPS)
+            return (size > within) & (count < _MOST_STEPS)
 
         dtype = jnp.result_type(float)
         tiny = jnp.finfo(dtype).tiny
         begin = (jnp.zeros(states, dtype), jnp.asarray(jnp.inf, dtype), jnp.asarray(0))
         state, size, _ = jax.lax.while_loop(unfinished, step, begin)
-        return jnp.where(size <= 1e-6, state, jnp.nan)
+        return jnp.where(size <= within, state, jnp.nan)
 
     @partial(find.defjvp, symbolic_zeros=True)
     def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:

@@ -44,8 +44,8 @@ def solve(
     where :math:`D_d` are boluses and :math:`r_i` the infusions in force. The solver lands on every
     record and dose. A record before a dose row of the same time sees the state before the dose.
     A reset (EVID 3, 4) returns to the initial state. A dose at steady state (SS = 1) begins at
-    the state A that an interval of dosing returns to, found by Newton's method to within 1e-6 and
-    in practice to the tolerance of the solver, in one step if f is linear.
+    the state A that an interval of dosing returns to, found by Newton's method to the tolerance
+    of the solver, in one step if f is linear.
 
     Derivatives of any order, forward or reverse, with respect to `psi`, `initial`, `lag`,
     `bioavailability` and anything `rhs` closes over, come from the sensitivity equations, solved
@@ -131,7 +131,8 @@ def solve(
             return run(system)([state, *theta[1:]], (({}, data), tolerance))[-1]
 
         def moving(theta: list[Array], data: Any) -> dict[str, Array]:
-            find = fixed_point(after_interval, states)
+            within = jnp.maximum(100 * tolerance[0], 1e-6)
+            find = fixed_point(after_interval, states, within)
             return moving_events(dosing_of_theta(theta), data, theta[0], partial(find, theta))
 
         return run(system_of(field, moving))(theta, (timing, tolerance))
