@@ -1,7 +1,14 @@
 """flowme: nonlinear mixed-effects models in NumPyro, with learned random-effect distributions."""
 
 from flowme import datasets, flows, plots, residual
-from flowme.closed_forms import oral_one_compartment
+from flowme.closed_forms import (
+    iv_one_compartment,
+    iv_three_compartment,
+    iv_two_compartment,
+    oral_one_compartment,
+    oral_three_compartment,
+    oral_two_compartment,
+)
 from flowme.convert import to_arviz
 from flowme.effects import (
     FlowRandomEffect,
@@ -19,6 +26,7 @@ from flowme.infer.nuts import nuts
 from flowme.infer.profile import profile
 from flowme.infer.smoothed import smoothed_npmle
 from flowme.infer.vem import VariationalEM
+from flowme.linear import solve_linear
 from flowme.predict import predict, simulate
 from flowme.primitives import individual, observe, population, random_effect, replace_effect
 from flowme.report import summary
@@ -40,6 +48,9 @@ __all__ = [
     "datasets",
     "flows",
     "individual",
+    "iv_one_compartment",
+    "iv_three_compartment",
+    "iv_two_compartment",
     "load",
     "marginal_log_likelihood",
     "mixture_by_bic",
@@ -47,6 +58,8 @@ __all__ = [
     "nuts",
     "observe",
     "oral_one_compartment",
+    "oral_three_compartment",
+    "oral_two_compartment",
     "plots",
     "population",
     "predict",
@@ -58,6 +71,7 @@ __all__ = [
     "simulate",
     "smoothed_npmle",
     "solve",
+    "solve_linear",
     "summary",
     "to_arviz",
 ]

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from flowme.events import Timeline
+from flowme.regimen import Regimen, read_regimen, write_out
 from flowme.table import Columns, StudyError, StudyWarning, Table
 
 __all__ = ["Outcomes", "Rows", "read_rows"]
@@ -25,7 +26,8 @@ class Rows(NamedTuple):
     """A table that was read, and nothing found wrong with it."""
 
     ids: tuple[Any, ...]
-    line: Timeline
+    line: Timeline  # the rows in the order of the table, then additional doses
+    row: np.ndarray  # [item] the row of the table that it comes from
     outcomes: Outcomes
     covariates: dict[str, np.ndarray]  # name -> [row]
     columns: Columns  # where the levels of `outcome_type` name the outcomes
@@ -46,6 +48,7 @@ def read_rows(
     covariates = {n: table.numbers(n, True) for n in columns.covariates + columns.time_varying}
     for name in columns.covariates:
         _refuse_changes(table, name, code, covariates[name])
+    _refuse_early_doses(table, code, time, kinds.regimen)
     for name, observed in outcomes.observed.items():
         _refuse_duplicates(table, name, code, time, observed)
     nameable = ["time", "amount", *outcomes.values, *covariates]
@@ -62,8 +65,8 @@ def read_rows(
     if table.findings:
         raise StudyError(table.findings)
     _warn_of_order(code, time, ids.tolist())
-    line = Timeline(code, time, kinds.dose, kinds.amount, kinds.rate, kinds.compartment)
-    return Rows(tuple(ids.tolist()), line, outcomes, covariates, columns)
+    line, row = write_out(kinds.regimen, code, time)
+    return Rows(tuple(ids.tolist()), line, row, outcomes, covariates, columns)
 
 
 def _warn_of_order(code: np.ndarray, time: np.ndarray, ids: list[Any]) -> None:
@@ -88,71 +91,52 @@ def _warn_of_order(code: np.ndarray, time: np.ndarray, ids: list[Any]) -> None:
 class _Kinds(NamedTuple):
     """What each row is, [row]; `measured` rows may hold observations."""
 
-    dose: np.ndarray
     measured: np.ndarray
     silent: np.ndarray  # MDV = 1: whatever is written as the outcome does not count
-    amount: np.ndarray
-    rate: np.ndarray
-    compartment: np.ndarray
+    regimen: Regimen
 
 
 def _kinds(table: Table, columns: Columns) -> _Kinds:
     """Tells doses from measurements, and reads the doses."""
     event = None if columns.event is None else _read_event(table, columns.event)
-    amount = silent = np.zeros(len(table.frame))
-    if columns.amount is not None:
-        needed = False if event is None else event == 1
-        amount = np.nan_to_num(table.numbers(columns.amount, needed, " on a dose row"))
-        table.refuse(amount < 0, "an amount of 0 or more", amount)
-    dose = amount > 0 if event is None else event == 1
-    if event is not None:
-        stray = (amount > 0) & np.isin(event, (0, 2))
-        table.refuse(stray, f"{columns.event} 1 on a row with an amount", event)
-        if columns.amount is None:
-            expected = f"an amount for a dose ({columns.event} 1)"
-            for row in np.flatnonzero(dose).tolist():
-                table.found(row, expected, "no column. Name it: amount=...")
+    regimen = read_regimen(table, columns, event)
+    silent = np.zeros(len(table.frame))
     if columns.missing is not None:
         silent = table.numbers(columns.missing, True)
         unknown = ~np.isin(silent, (0, 1)) & np.isfinite(silent)
         table.refuse(unknown, f"{columns.missing} in {{0, 1}}", silent)
-    measured = (~dose if event is None else event == 0) & (silent != 1)
-    rate, compartment = _read_doses(table, columns, dose)
-    return _Kinds(dose, measured, silent == 1, amount, rate, compartment)
+    measured = (~regimen.dose if event is None else event == 0) & (silent != 1)
+    return _Kinds(measured, silent == 1, regimen)
 
 
 def _read_event(table: Table, column: str) -> np.ndarray:
     event = table.numbers(column, True)
-    resets, rxode = np.isin(event, (3, 4)), (event > 100) & np.isfinite(event)
-    unknown = ~np.isin(event, (0, 1, 2)) & np.isfinite(event) & ~resets & ~rxode
-    for wrong, advice in (
-        (resets, ": resets are not supported yet"),
-        (rxode, ". That is an RxODE code: write 1 for a dose"),
-        (unknown, ""),
-    ):
-        table.refuse(wrong, f"{column} in {{0, 1, 2}}", event, advice)
+    rxode = (event > 100) & np.isfinite(event)
+    unknown = ~np.isin(event, (0, 1, 2, 3, 4)) & np.isfinite(event) & ~rxode
+    for wrong, advice in ((rxode, ". That is an RxODE code: write 1 for a dose"), (unknown, "")):
+        table.refuse(wrong, f"{column} in {{0, 1, 2, 3, 4}}", event, advice)
     return event
 
 
-def _read_doses(table: Table, columns: Columns, dose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rate and compartment of each row; refuses what doses cannot say yet."""
-    rate = np.zeros(dose.shape)
-    if columns.rate is not None:
-        rate = np.nan_to_num(table.numbers(columns.rate))
-        advice = ": a rate or duration that is estimated is not supported yet"
-        table.refuse(rate < 0, "a rate of 0 (bolus) or more", rate, advice)
-        table.refuse((rate > 0) & ~dose, "a rate on dose rows only", rate)
-    compartment = np.ones(dose.shape)
-    if columns.compartment is not None:
-        compartment = table.numbers(columns.compartment, dose, " on a dose row")
-        wrong = dose & ((compartment < 1) | (compartment % 1 != 0)) & np.isfinite(compartment)
-        table.refuse(wrong, "a compartment counted from 1", compartment)
-    for name in ("ADDL", "II", "SS"):
-        if columns.amount is not None and name in table.frame.columns:
-            repeats = np.nan_to_num(table.numbers(name))
-            advice = ": not supported yet. Expand the doses into rows"
-            table.refuse(repeats != 0, f"no {name}", repeats, advice)
-    return rate, np.where(dose, np.nan_to_num(compartment), 1).astype(np.int32)
+def _refuse_early_doses(table: Table, code: np.ndarray, time: np.ndarray, regimen: Regimen) -> None:
+    """A dose below the first row of its subject and before it in time; a reset that goes back."""
+    first = np.unique(code, return_index=True)[1][np.unique(code, return_inverse=True)[1]]
+    given = regimen.dose | regimen.reset
+    for row in np.flatnonzero(given & (time < time[first]) & (code >= 0)).tolist():
+        table.found(
+            row,
+            f"a dose at or after time {time[first[row]]:g}, when the subject's rows begin "
+            f"({table.name(first[row])})",
+            f"{time[row]:g}. If that is right, sort the rows by time",
+        )
+    latest: dict[int, float] = {}
+    for row in range(len(code)):
+        before = latest.get(code[row], -np.inf)
+        if regimen.reset[row] and time[row] < before:
+            expected = "a reset at or after the rows above it: times run on through a reset"
+            advice = f". Add {before:g} to the times from here on, or more"
+            table.found(row, expected, f"time {time[row]:g} after {before:g}{advice}")
+        latest[code[row]] = max(before, time[row])
 
 
 # Outcomes and covariates --------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class _Labels:
     units: dict[str, str]
     rows: np.ndarray  # [subject, time] position in `frame`; padding repeats the last
     dose_rows: np.ndarray  # [subject, dose] likewise
+    written: np.ndarray  # [subject, dose] where a dose is written in its row: no additional one
     measured: dict[str, np.ndarray]  # outcome -> [subject, time], as in `frame`
 
     # Labels are static data of the pytree, hence part of every jit cache key. Any two count as
@@ -58,6 +59,7 @@ class _Labels:
             frame=self.frame.iloc[kept].copy(),
             rows=np.searchsorted(kept, self.rows[subjects]),
             dose_rows=np.searchsorted(kept, self.dose_rows[subjects]),
+            written=self.written[subjects],
             measured={name: mask[subjects] for name, mask in self.measured.items()},
         )
 
@@ -111,6 +113,10 @@ class Study:
         missing: str | None = None,
         compartment: str | None = None,
         rate: str | None = None,
+        duration: str | None = None,
+        additional: str | None = None,
+        interval: str | None = None,
+        steady_state: str | None = None,
         censored: str | Mapping[str, str] | None = None,
         outcome_type: str | None = None,
         keep_unobserved: bool = False,
@@ -119,7 +125,7 @@ class Study:
         """Reads a table with one row per measurement or dose.
 
         An argument left out is found by its NONMEM name (upper case) if the table has it: ID,
-        TIME, DV, AMT, EVID, MDV, CMT, RATE, CENS, DVID.
+        TIME, DV, AMT, EVID, MDV, CMT, RATE, DUR, ADDL, II, SS, CENS, DVID.
 
         Args:
             frame: The table. It is not changed.
@@ -130,11 +136,20 @@ class Study:
             covariates: Columns that are constant within a subject.
             time_varying: Columns of covariates that may change in time.
             amount: Column of dose amounts.
-            event: Column saying what a row is: 0 a measurement, 1 a dose, 2 neither. Without it,
-                a row with a positive amount is a dose and every other row a measurement.
+            event: Column saying what a row is: 0 a measurement, 1 a dose, 2 neither, 3 a reset, 4 a
+                reset and a dose. Without it, a row with a positive amount is a dose and every
+                other row a measurement. A reset returns the system to its initial state; it ends
+                infusions and cancels doses still to come (delayed by a lag, or additional).
             missing: Column that is 1 where the row holds no measurement, whatever is written.
             compartment: Column of the compartment dosed, from 1. Without it all doses enter 1.
             rate: Column of infusion rates; an infusion lasts amount / rate, a bolus has rate 0.
+            duration: Column of the durations of infusions instead, 0 for a bolus.
+            additional: Column of the number of doses that follow this one, each after `interval`.
+                They act before the rows of their time.
+            interval: Column of the time between doses.
+            steady_state: Column that is 1 where a dose has been repeated after `interval` for so
+                long that the state no longer changes from one to the next. It replaces all that
+                was given before, as a reset does.
             censored: Column of -1, 0, 1 (see `Study.censored`); or outcome -> column.
             outcome_type: Column that says which outcome a row measures; outcomes are then named
                 by its levels.
@@ -145,7 +160,9 @@ class Study:
             The study.
 
         Raises:
-            StudyError: With everything that is wrong, each finding with its row and subject.
+            StudyError: With everything that is wrong, each finding with its row and subject. A
+                dose is refused that lies before the first row of its subject and stands below it:
+                most often the time is wrong.
 
         Warns:
             StudyWarning: If rows had to be sorted by time, or those of a subject gathered.
@@ -159,6 +176,10 @@ class Study:
             "missing": missing,
             "compartment": compartment,
             "rate": rate,
+            "duration": duration,
+            "additional": additional,
+            "interval": interval,
+            "steady_state": steady_state,
             "censored": censored,
             "outcome_type": outcome_type,
         }
@@ -228,12 +249,23 @@ class Study:
             covariate = covariate[:, None] if covariate.ndim == 1 else covariate
             cells = np.broadcast_to(covariate, recorded.shape)[recorded]
             write_column(frame, name, rows[recorded], cells)
-        given = np.asarray(self.doses.given)
-        for role in ("amount", "rate", "compartment"):
+        for role in ("amount", "rate", "duration", "compartment"):
             named, dose = getattr(columns, role), np.asarray(getattr(self.doses, role))
             if named is not None:
-                write_column(frame, named, self.labels.dose_rows[given], dose[given])
+                written = self.labels.written
+                write_column(frame, named, self.labels.dose_rows[written], dose[written])
         return frame
+
+    def row_of_dose(self, compartment: int) -> str:
+        """Where the table first gives a dose into a compartment, in words, for messages."""
+        labels, column = self.labels, self.labels.columns.compartment
+        for subject, dose in np.argwhere(labels.written) if column is not None else ():
+            row = labels.dose_rows[subject, dose]
+            if labels.frame[column].iloc[row] == compartment:
+                word = labels.frame.index.name
+                word = word if isinstance(word, str) else "row"
+                return f" ({word} {labels.frame.index[row]!r}, subject {self.ids[subject]!r})"
+        return ""
 
     def subset(
         self, indices: Iterable[int] | Array | None = None, *, ids: Iterable[Any] | None = None
@@ -389,7 +421,9 @@ class Study:
             f"Study of {self.subjects.size} subjects, {self.recorded.sum()} records",
             f"time {times.min():g} to {times.max():g}{unit}",
             "observed: " + ", ".join(map(counted, self.observed)),
-            f"{self.doses.given.sum()} doses" if self.doses.given.any() else "no doses",
+            f"{np.count_nonzero(self.doses.amount)} doses"
+            if self.doses.amount.any()
+            else "no doses",
         ]
         if self.covariates:
             parts.append("covariates: " + ", ".join(named(name) for name in self.covariates))
@@ -408,10 +442,11 @@ def _arrange(table: Rows, frame: pd.DataFrame, units: dict[str, str]) -> Study:
     """Pads the rows of each subject to arrays [subject, time]."""
     line, outcomes, columns = table.line, table.outcomes, table.columns
     order = line.order()
+    order = order[order < len(frame)]  # the items that are rows
     rows, recorded = lay_out(order, line.subject[order], len(table.ids))
     observed = {name: mask[rows] & recorded for name, mask in outcomes.observed.items()}
-    doses, dose_rows = arrange_doses(line, rows)
-    compartments = tuple(np.unique(line.compartment[line.dose]).tolist())
+    doses, items = arrange_doses(line, rows)
+    compartments = tuple(np.unique(line.compartment[line.amount > 0]).tolist())
     return Study(
         time=line.time[rows],
         recorded=recorded,
@@ -425,9 +460,18 @@ def _arrange(table: Rows, frame: pd.DataFrame, units: dict[str, str]) -> Study:
             for n, v in table.covariates.items()
         },
         doses=doses,
-        events=arrange_events(line, rows, compartments),
+        events=arrange_events(line, rows, (items, doses.given), compartments),
         compartments=compartments,
-        labels=_Labels(table.ids, frame, columns, units, rows, dose_rows, dict(observed)),
+        labels=_Labels(
+            ids=table.ids,
+            frame=frame,
+            columns=columns,
+            units=units,
+            rows=rows,
+            dose_rows=table.row[items],
+            written=doses.given & (items < len(frame)) & (line.amount > 0)[items],
+            measured=dict(observed),
+        ),
     )
 
 
@@ -448,4 +492,6 @@ def _dense_labels(study: Study) -> _Labels:
         frame[name] = np.nan
     rows = np.arange(study.time.size).reshape(shape)
     no_rows = np.broadcast_to(rows[:, :1], study.doses.time.shape)  # doses stand in no row
-    return _Labels(study.ids, frame, columns, study.units, rows, no_rows, dict(study.observed))
+    written = np.zeros(no_rows.shape, bool)
+    measured = dict(study.observed)
+    return _Labels(study.ids, frame, columns, study.units, rows, no_rows, written, measured)

@@ -49,9 +49,16 @@ _NONMEM = {
     "missing": "MDV",
     "compartment": "CMT",
     "rate": "RATE",
+    "duration": "DUR",
+    "additional": "ADDL",
+    "interval": "II",
+    "steady_state": "SS",
     "censored": "CENS",
     "outcome_type": "DVID",
 }
+
+
+_OF_DOSES = ("duration", "additional", "interval", "steady_state")
 
 
 class Columns(NamedTuple):
@@ -68,6 +75,10 @@ class Columns(NamedTuple):
     missing: str | None = None
     compartment: str | None = None
     rate: str | None = None
+    duration: str | None = None
+    additional: str | None = None
+    interval: str | None = None
+    steady_state: str | None = None
     outcome_type: str | None = None
 
 
@@ -82,6 +93,8 @@ def find_columns(
         raise StudyError([f"expected a pandas DataFrame; got {type(frame).__name__}"])
     given = dict(named)
     for role, name in _NONMEM.items():
+        if role in _OF_DOSES and given["amount"] is None:
+            continue  # DUR, II or SS may be anything in a table without doses
         if given[role] is None and name in frame.columns:
             given[role] = name
         if given[role] is None and role in ("subject", "time", "outcome"):

@@ -63,9 +63,9 @@ BAD = {
         lambda psi, study: oral_one_compartment(psi._replace(V=1.0), study),
         r"shape \[subject\] = \(2,\); got \(\) for 'V'",
     ),
-    "dose into the central compartment": (
-        lambda psi, study: oral_one_compartment(psi, dosed_into(2)),
-        r"expected doses into compartment 1 only; got compartments \(2,\)",
+    "dose into a peripheral compartment": (
+        lambda psi, study: oral_one_compartment(psi, dosed_into(3)),
+        r"compartment 1 and 2 only; got a dose into compartment 3 \(row 0, subject 'a'\)",
     ),
     "infusion": (
         lambda psi, study: oral_one_compartment(

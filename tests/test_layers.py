@@ -6,7 +6,7 @@ from pathlib import Path
 import flowme
 
 LAYERS = {
-    1: {"study", "table", "rows", "events", "datasets"},
+    1: {"study", "table", "rows", "regimen", "events", "datasets"},
     2: {
         "quantile",
         "flows",
@@ -16,6 +16,11 @@ LAYERS = {
         "residual",
         "structural",
         "closed_forms",
+        "disposition",
+        "integrate",
+        "linear",
+        "schedule",
+        "steady",
     },
     3: {"primitives", "roles"},
     4: {"infer"},

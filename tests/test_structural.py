@@ -410,7 +410,7 @@ BAD = {
     ),
     "dose beyond the states": (
         lambda psi, study: solve(elimination, psi, dosed_into(2)),
-        r"compartments 1 to 1.*got doses into compartment 2",
+        r"compartments 1 to 1.*got a dose into compartment 2 \(row 0, subject 'a'\)",
     ),
     "derivative with respect to the study": (
         lambda psi, study: jax.grad(

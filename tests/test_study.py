@@ -38,11 +38,30 @@ def _dosed() -> pd.DataFrame:
     )
 
 
+def _regimen() -> pd.DataFrame:
+    """Additional doses, a reset and a dose, a reset alone, a steady state of infusions."""
+    return pd.DataFrame(
+        {
+            "ID": [1, 1, 1, 1, 1, 1, 2, 2, 2],
+            "TIME": [0.0, 4.0, 5.0, 9.0, 11.0, 12.0, 0.0, 1.0, 20.0],
+            "DV": [nan, 1.0, nan, 2.0, nan, 3.0, nan, 4.0, 5.0],
+            "AMT": [100.0, 0, 50.0, 0, 0, 0, 30.0, 0, 0],
+            "EVID": [1, 0, 4, 0, 3, 0, 1, 0, 0],
+            "CMT": [1, 2, 2, 2, 1, 2, 1, 2, 2],
+            "DUR": [0.0, 0, 0, 0, 0, 0, 3.0, 0, 0],
+            "ADDL": [3, 0, 2, 0, 0, 0, 1, 0, 0],
+            "II": [2.0, 0, 4.0, 0, 0, 0, 8.0, 0, 0],
+            "SS": [0, 0, 0, 0, 0, 0, 1, 0, 0],
+        }
+    )
+
+
 # name -> (table, arguments, whether its order is remarked on)
 TABLES = {
     "plain": (_plain(), dict(subject="id", time="t", outcome="y"), False),
     "renamed outcome": (_plain(), dict(subject="id", time="t", outcome={"height": "y"}), False),
     "doses under NONMEM names": (_dosed(), dict(covariates="WT"), False),
+    "repeated doses, resets, steady state": (_regimen(), {}, False),
     "text ids, text index, unused columns": (
         _plain()
         .assign(
@@ -162,11 +181,13 @@ def test_every_number_of_the_table_comes_from_the_arrays(name):
 def test_rows_in_another_order_make_the_same_arrays(name):
     """Every subject's records are found by time, whatever the order of the table.
 
-    Rows of one time keep their order, so only tables without such rows can be reversed.
+    Rows of one time keep their order, and a dose may not stand below the rows that follow it in
+    time, so only tables without such rows can be reversed.
     """
     frame, arguments, _ = TABLES[name]
     study = _read(name)
-    if np.any((np.diff(study.time) == 0) & study.recorded[:, 1:]):
+    tied = np.any((np.diff(study.time) == 0) & study.recorded[:, 1:])
+    if tied or study.doses.given.any():
         frame = frame.sort_values(arguments.get("time", "TIME"), kind="stable")
     else:
         frame = frame.iloc[::-1]
@@ -241,6 +262,38 @@ def test_doses_and_events():
     np.testing.assert_array_equal(
         study.observed["DV"], [[False, True, False, True, True], [False, True, False, True, False]]
     )
+
+
+def test_repeated_doses_resets_and_steady_states():
+    study = _read("repeated doses, resets, steady state")
+    doses, events = study.doses, study.events
+    # The reset at 5 cancels the additional dose at 6, the one at 11 that at 13.
+    np.testing.assert_array_equal(doses.given.sum(1), [6, 2])
+    np.testing.assert_array_equal(doses.time[0], [0, 2, 4, 5, 9, 11])
+    np.testing.assert_array_equal(doses.amount[0], [100, 100, 100, 50, 50, 0])
+    np.testing.assert_array_equal(doses.time[1, :2], [0, 8])
+    np.testing.assert_array_equal(doses.interval[1, :2], [8, 0])  # the second only follows
+    np.testing.assert_array_equal(doses.resets, [[3, 5], [0, -1]])
+    np.testing.assert_array_equal(doses.steady, [[-1], [0]])
+    np.testing.assert_array_equal(doses.infusions, [[-1, -1], [0, 1]])
+    # An additional dose comes before the record of its time.
+    np.testing.assert_array_equal(events.dose[0], [0, 1, 1, 2, 3, 4])
+    np.testing.assert_array_equal(events.time[0], [0, 2, 4, 4, 5, 9, 9, 11, 12])
+    np.testing.assert_array_equal(events.record, [[0, 3, 4, 6, 7, 8], [0, 1, 5, 5, 5, 5]])
+    np.testing.assert_array_equal(events.jump[0, :, 0], [100, 100, 100, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(events.jump[0, :, 1], [0, 0, 0, 0, 50, 50, 0, 0, 0])
+    np.testing.assert_array_equal(events.reset[0], [0, 0, 0, 0, 1, 0, 0, 1, 0])
+    np.testing.assert_array_equal(events.reset[1], [2, 0, 0, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(events.time[1, :6], [0, 1, 3, 8, 11, 20])
+    np.testing.assert_array_equal(events.inflow[1, :6, 0], [10, 10, 0, 10, 0, 0])
+
+
+def test_a_reset_ends_an_infusion():
+    frame = _regimen().iloc[6:].assign(TIME=[0.0, 1.0, 4.0], SS=0, ADDL=0, II=0, EVID=[1, 3, 0])
+    frame.loc[7, "DV"] = nan
+    events = Study.from_frame(frame).events
+    np.testing.assert_array_equal(events.time, [[0, 1, 3, 4]])
+    np.testing.assert_array_equal(events.inflow[0, :, 0], [10, 0, 0, 0])
 
 
 INFUSIONS = {
@@ -602,10 +655,14 @@ BAD_TABLES = {
     "RxODE code": (
         _dosed_with(EVID=(0, 101)),
         {},
-        ["row 0, subject 7: expected EVID in {0, 1, 2}; got 101", "write 1 for a dose"],
+        ["row 0, subject 7: expected EVID in {0, 1, 2, 3, 4}; got 101", "write 1 for a dose"],
     ),
-    "reset": (_dosed_with(EVID=(7, 3)), {}, ["row 7, subject 3", "resets are not supported yet"]),
-    "unknown event": (_dosed_with(EVID=(7, 9)), {}, ["row 7, subject 3", "{0, 1, 2}; got 9"]),
+    "reset with an amount": (
+        _dosed_with(EVID=(2, 3)),
+        {},
+        ["row 2, subject 7: expected EVID 1 on a row with an amount; got 3"],
+    ),
+    "unknown event": (_dosed_with(EVID=(7, 9)), {}, ["row 7, subject 3", "3, 4}; got 9"]),
     "MDV 2": (_dosed_with(MDV=(1, 2)), {}, ["row 1, subject 7: expected MDV in {0, 1}; got 2"]),
     "value on a dose row": (
         _dosed().drop(columns="MDV").assign(DV=[0, 5, 4.5, 6, 7, 0, 3, nan, 1]),
@@ -620,12 +677,64 @@ BAD_TABLES = {
     ),
     "compartment 0": (_dosed_with(CMT=(0, 0)), {}, ["row 0, subject 7", "counted from 1; got 0"]),
     "half a compartment": (_dosed_with(CMT=(0, 1.5)), {}, ["row 0, subject 7", "got 1.5"]),
-    "repeated doses": (
-        _dosed_with(ADDL=(0, 3), II=(0, 12)),
+    "rate without amount": (
+        _dosed_with(AMT=(2, 0.0), RATE=(2, 3.0)),
         {},
-        ["2 findings", "row 0, subject 7: expected no ADDL; got 3", "Expand the doses into rows"],
+        ["row 2, subject 7: expected an amount above 0 with a rate; got 0 with RATE above 0"],
     ),
-    "steady state": (_dosed_with(SS=(2, 1)), {}, ["row 2, subject 7: expected no SS; got 1"]),
+    "rate and duration": (
+        _dosed_with(DUR=(5, 2.0)),
+        {},
+        ["row 5, subject 3: expected a rate or a duration, not both; got 2 in DUR"],
+    ),
+    "negative duration": (
+        _dosed_with(DUR=(0, -1)),
+        {},
+        ["a duration of 0 (bolus) or more; got -1"],
+    ),
+    "dose before the first record": (
+        _dosed_with(TIME=(2, -1.0)),
+        {},
+        ["row 2, subject 7: expected a dose at or after time 0, when", "(row 0); got -1. If that"],
+    ),
+    "additional doses without interval": (
+        _dosed_with(ADDL=(0, 3), II=(4, 0)),
+        {},
+        ["1 finding", "row 0, subject 7: expected the time between doses in II with ADDL; got 0"],
+    ),
+    "interval without repeats": (
+        _dosed_with(II=(2, 12)),
+        {},
+        ["row 2, subject 7: expected ADDL or SS above 0 with II; got none. Say what is repeated"],
+    ),
+    "half an additional dose": (_dosed_with(ADDL=(0, 1.5), II=(0, 2)), {}, ["in ADDL; got 1.5"]),
+    "negative interval": (_dosed_with(ADDL=(0, 1), II=(0, -2)), {}, ["0 or more in II; got -2"]),
+    "additional doses on a measurement": (
+        _dosed_with(ADDL=(1, 3), II=(1, 12)),
+        {},
+        ["2 findings", "row 1, subject 7: expected ADDL on dose rows only; got 3"],
+    ),
+    "steady state without interval": (
+        _dosed_with(SS=(2, 1)),
+        {},
+        ["row 2, subject 7: expected the time between doses in II (interval=...) with SS; got 0"],
+    ),
+    "steady state added": (_dosed_with(SS=(2, 2), II=(2, 5)), {}, ["SS in {0, 1}; got 2"]),
+    "infusion longer than its interval": (
+        _dosed_with(SS=(5, 1), II=(5, 1.5)),
+        {},
+        ["row 5, subject 3: expected an infusion at steady state that ends before", "got 2 for"],
+    ),
+    "reset that goes back in time": (
+        _regimen().assign(TIME=[0.0, 4.0, 1.0, 9.0, 11.0, 12.0, 0.0, 1.0, 20.0]),
+        {},
+        ["1 finding", "row 2, subject 1: expected a reset at or after", "time 1 after 4. Add 4 to"],
+    ),
+    "several doses wrong": (
+        _dosed_with(RATE=(5, -2.0), CMT=(0, 0), SS=(2, 1)),
+        {},
+        ["3 findings", "row 0, subject 7", "row 2, subject 7", "row 5, subject 3"],
+    ),
     "censoring code": (
         _plain().assign(CENS=[0, 2, 0, 0, 0]),
         NAMES,
