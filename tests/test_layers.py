@@ -14,6 +14,8 @@ LAYERS = {
         "kernel_mixture",
         "semi_nonparametric",
         "residual",
+        "censoring",
+        "normal_tail",
         "structural",
         "closed_forms",
     },
