@@ -1,6 +1,6 @@
 """flowme: nonlinear mixed-effects models in NumPyro, with learned random-effect distributions."""
 
-from flowme import datasets, flows, plots, residual
+from flowme import datasets, flows, outcomes, plots, residual
 from flowme.closed_forms import oral_one_compartment
 from flowme.convert import to_arviz
 from flowme.effects import (
@@ -47,6 +47,7 @@ __all__ = [
     "nuts",
     "observe",
     "oral_one_compartment",
+    "outcomes",
     "plots",
     "population",
     "predict",

@@ -126,6 +126,27 @@ def _(law: dist.TransformedDistribution, value: ArrayLike, upper: ArrayLike) -> 
     return log_tail(law.base_dist, value, upper)
 
 
+@log_tail.register
+def _(law: dist.Exponential, value: ArrayLike, upper: ArrayLike) -> jax.Array:
+    return tail_of_hazard(law.rate * value, upper)
+
+
+@log_tail.register
+def _(law: dist.Weibull, value: ArrayLike, upper: ArrayLike) -> jax.Array:
+    return tail_of_hazard((value / law.scale) ** law.concentration, upper)
+
+
+@log_tail.register
+def _(law: dist.Gompertz, value: ArrayLike, upper: ArrayLike) -> jax.Array:
+    return tail_of_hazard(law.concentration * jnp.expm1(law.rate * value), upper)
+
+
+def tail_of_hazard(total: ArrayLike, upper: ArrayLike) -> jax.Array:
+    """`log_tail` where P(y > value) = exp(-total), the cumulative hazard."""
+    tiny = jnp.finfo(jnp.result_type(total)).tiny
+    return jnp.where(upper, -total, _log1mexp(jnp.maximum(total, tiny)))
+
+
 def _log_interval(law: dist.Distribution, low: ArrayLike, high: ArrayLike) -> jax.Array:
     """log P(low < y < high), as the difference of two tails on the side where they are short."""
     upper = jax.lax.stop_gradient(log_tail(law, low, False)) > math.log(0.5)

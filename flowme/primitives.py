@@ -221,6 +221,8 @@ def observe(name: str, law: dist.Distribution, study: Study) -> jax.Array:
         if name in study.censored:
             law = Censored(law, study.censored[name], study.limit.get(name))
         law, values = _fill_unobserved(law, jnp.asarray(values), jnp.asarray(mask))
+        if isinstance(law, dist.CategoricalProbs | dist.CategoricalLogits):
+            values = values.astype(int)  # NumPyro's categories are indices
     with subject_plate(study.subjects):
         return numpyro.sample(
             name,

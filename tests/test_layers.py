@@ -15,6 +15,7 @@ LAYERS = {
         "semi_nonparametric",
         "residual",
         "censoring",
+        "outcomes",
         "normal_tail",
         "structural",
         "closed_forms",
