@@ -143,7 +143,8 @@ def _(law: dist.Gompertz, value: ArrayLike, upper: ArrayLike) -> jax.Array:
 
 def tail_of_hazard(total: ArrayLike, upper: ArrayLike) -> jax.Array:
     """`log_tail` where P(y > value) = exp(-total), the cumulative hazard."""
-    tiny = jnp.finfo(jnp.result_type(total)).tiny
+    total = jnp.asarray(total, float)
+    tiny = jnp.finfo(total.dtype).tiny
     return jnp.where(upper, -total, _log1mexp(jnp.maximum(total, tiny)))
 
 
