@@ -1,6 +1,6 @@
 """flowme: nonlinear mixed-effects models in NumPyro, with learned random-effect distributions."""
 
-from flowme import datasets, flows, plots, residual
+from flowme import datasets, flows, outcomes, plots, residual
 from flowme.closed_forms import (
     iv_one_compartment,
     iv_three_compartment,
@@ -60,6 +60,7 @@ __all__ = [
     "oral_one_compartment",
     "oral_three_compartment",
     "oral_two_compartment",
+    "outcomes",
     "plots",
     "population",
     "predict",

@@ -301,6 +301,8 @@ def _constant(study: Study) -> dict[str, tuple]:
     return {
         "time_of_record": (dims, np.where(study.recorded, study.time, np.nan)),
         **{name: (dims[: np.ndim(x)], x) for name, x in study.covariates.items()},
+        **{f"censored_{name}": (dims, x) for name, x in study.censored.items()},
+        **{f"limit_{name}": (dims, x) for name, x in study.limit.items()},
     }
 
 

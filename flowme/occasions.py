@@ -9,7 +9,7 @@ from flowme.effects import RandomEffect
 
 
 class PerOccasion(RandomEffect):
-    """κ_i = (κ_i1, ..., κ_iK), independent draws of one law, one after another: `[occasion effect]`.
+    """κ_i = (κ_i1, ..., κ_iK), independent draws of one law: `[occasion effect]`.
 
     Its parameters are those of the law; occasion k of effect "CL" is called "CL_k". Of an
     occasion that a subject does not have, κ is in no likelihood and integrates to 1.

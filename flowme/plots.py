@@ -44,6 +44,8 @@ _STYLE = {
 def individual_fits(result: Result, subjects: int = 12, outcome: str | None = None) -> Figure:
     """What was measured in each subject, with its individual and the population prediction.
 
+    Censored observations are triangles at their bound that point to where the value lies.
+
     Args:
         result: a `Fit`, or a NumPyro `MCMC` that was run on `model(study)`.
         subjects: how many panels, one per subject, in the order of the study.
@@ -70,8 +72,12 @@ def individual_fits(result: Result, subjects: int = 12, outcome: str | None = No
             seen = chosen.observed[name][i]
             ax.plot(dense.time[i], typical[i], color=_INK, lw=1, ls=(0, (4, 3)), alpha=0.7)
             ax.plot(dense.time[i], own[i], color=_LEAF, lw=1.8)
-            ax.plot(chosen.time[i, seen], chosen.values[name][i, seen], "o", ms=4, color=_RUST,
-                    mec="white", mew=0.5)  # fmt: skip
+            side = chosen.censored.get(name, np.zeros(chosen.time.shape, int))[i]
+            for code, marker in ((0, "o"), (1, "v"), (-1, "^")):
+                shown = seen & (side == code)
+                if code == 0 or shown.any():
+                    ax.plot(chosen.time[i, shown], chosen.values[name][i, shown], marker, ms=4,
+                            color=_RUST, mec="white", mew=0.5)  # fmt: skip
             ax.set_title(str(chosen.ids[i]))
         figure.supxlabel(_label(study, "time"), fontsize=11)
         figure.supylabel(_label(study, name), fontsize=11)
@@ -136,6 +142,10 @@ def vpc(result: Result, key: jax.Array | None = None, replicates: int = 200) -> 
     outside its band is something that the model does not reproduce. When subjects are measured
     at the same times each is a bin; else bins hold equally many observations. Ticks along the
     top are the borders of the bins.
+
+    Where observations are censored, everything below the largest limit of quantification counts
+    as lying at it, measured or simulated; likewise above the smallest upper limit. Dotted lines
+    are these limits: percentiles on them are only known to be beyond.
 
     Args:
         result: a `Fit`, or a NumPyro `MCMC` that was run on `model(study)`.
@@ -429,7 +439,9 @@ def _marginal_density(ax: Axes, draws, dashed, limits, upright: bool) -> None:
 
 def _vpc_panel(ax: Axes, study: Study, name: str, simulated: np.ndarray) -> None:
     seen = study.observed[name]
-    time, measured, simulated = study.time[seen], study.values[name][seen], simulated[:, seen]
+    limits = _limits_of_quantification(study, name)
+    time, measured = study.time[seen], np.clip(study.values[name][seen], *limits)
+    simulated = np.clip(simulated[:, seen], *limits)
     where, edges, common = _bins(time, int(np.median(seen.sum(1))))
     shares = [0.1, 0.5, 0.9]
     bins = range(len(edges) - 1)
@@ -444,9 +456,20 @@ def _vpc_panel(ax: Axes, study: Study, name: str, simulated: np.ndarray) -> None
         ax.plot(middle, lines[:, k], color=_RUST, lw=1.6, ls="-" if k == 1 else (0, (5, 2)))
     ax.plot(edges, np.ones(len(edges)), "|", color=_INK, ms=8, clip_on=False,
             transform=ax.get_xaxis_transform())  # fmt: skip
+    for limit in np.array(limits)[np.isfinite(limits)]:
+        ax.axhline(limit, color=_INK, lw=1, ls=":")
     kind = "one for each time" if common else "of equally many observations"
     ax.set_title(f"{len(middle)} time bins, {kind}", fontsize=9, loc="left", pad=9)
     ax.set(xlabel=_label(study, "time"), ylabel=_label(study, name))
+
+
+def _limits_of_quantification(study: Study, name: str) -> tuple[float, float]:
+    """Between them nothing is censored; infinite where there is no such limit."""
+    side, values = study.censored.get(name), study.values[name]
+    if side is None:
+        return -np.inf, np.inf
+    lower = np.max(values, where=side == 1, initial=-np.inf)
+    return float(lower), float(np.min(values, where=side == -1, initial=np.inf))
 
 
 def _bins(time: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, bool]:

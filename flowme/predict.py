@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 from numpyro.distributions import biject_to
 from numpyro.handlers import reparam
@@ -33,7 +34,9 @@ def predict(
 
     Individual predictions E[y_ij | η_i, θ] are at the mean of the conditional distribution of
     each subject, population predictions at η = 0; θ is the estimate (for an MCMC run the posterior
-    mean on the unconstrained scale). For counts this is the expected count.
+    mean on the unconstrained scale). For counts this is the expected count, for
+    ordered categories the expected index. Predictions are of
+    what is there, whether or not it could be measured: censoring does not enter them.
 
     Args:
         result: a `Fit`, or a NumPyro `MCMC` that was run on `model(study)`.
@@ -64,7 +67,8 @@ def simulate(
 
     The random effects come from the fitted law whatever its shape, a flow's as a flow. θ is the
     estimate; for an MCMC run every replicate takes another draw of it, so that the spread of
-    replicates holds the uncertainty of θ too.
+    replicates holds the uncertainty of θ too. Nothing is censored: a limit of quantification is
+    to be applied to what is simulated (as `plots.vpc` does).
 
     Args:
         key: random key; is consumed.
@@ -243,7 +247,17 @@ def _laws(joint: Joint, theta, weights, eta, study: Study) -> dict[str, Any]:
 @partial(jax.jit, static_argnames="joint")
 def _means(joint: Joint, theta, weights, eta, study):
     laws = _laws(joint, theta, weights, eta, study)
-    return {name: jnp.where(study.recorded, law.mean, jnp.nan) for name, law in laws.items()}
+    return {name: jnp.where(study.recorded, _mean(law), jnp.nan) for name, law in laws.items()}
+
+
+def _mean(law) -> jax.Array:
+    """The mean of an outcome's law; of categories (NumPyro has none) that of their index."""
+    inner = law
+    while isinstance(inner, dist.Independent | dist.MaskedDistribution):
+        inner = inner.base_dist
+    if isinstance(inner, dist.CategoricalProbs):
+        return inner.probs @ jnp.arange(inner.probs.shape[-1])
+    return law.mean
 
 
 @partial(jax.jit, static_argnames="joint")

@@ -19,6 +19,7 @@ import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from numpyro.primitives import Messenger, apply_stack
 
+from flowme.censoring import Censored
 from flowme.effects import RandomEffect
 from flowme.study import Study, Subjects
 
@@ -189,12 +190,15 @@ def observe(name: str, law: dist.Distribution, study: Study) -> jax.Array:
     """The observations of outcome `name`, given their law: one log-likelihood per subject.
 
     log p(y_i | ψ_i) = Σ_j log p(y_ij | f_ij) over the times at which subject i was measured;
-    padding and times at which only other outcomes were measured do not count. In a study without
-    values (`study.unobserved()`) the outcome is sampled.
+    padding and times at which only other outcomes were measured do not count. A censored
+    observation (`study.censored`) contributes the probability of the interval in which it lies,
+    see `flowme.censoring`. In a study without values (`study.unobserved()`) the outcome is
+    sampled, as it is before it is censored.
 
     Args:
         name: an outcome of the study.
-        law: distribution of the observations, of batch shape `[subject, time]`.
+        law: distribution of the observations, of batch shape `[subject, time]`; a continuous one
+            with a cdf if some are censored.
         study: the study.
 
     Returns:
@@ -203,12 +207,6 @@ def observe(name: str, law: dist.Distribution, study: Study) -> jax.Array:
     if name not in study.observed:
         raise ValueError(
             f"expected an outcome of the study, one of {sorted(study.observed)}; got {name!r}."
-        )
-    if name in study.censored:
-        raise ValueError(
-            f"expected uncensored observations of {name!r}; got rows with CENS different from 0, "
-            "which observe() does not model yet. Leave these rows out, knowing that this biases "
-            "the estimates."
         )
     mask = study.observed[name]
     if law.batch_shape != jnp.shape(mask) or law.event_shape:
@@ -220,7 +218,11 @@ def observe(name: str, law: dist.Distribution, study: Study) -> jax.Array:
         )
     values = study.values.get(name)
     if values is not None:
+        if name in study.censored:
+            law = Censored(law, study.censored[name], study.limit.get(name))
         law, values = _fill_unobserved(law, jnp.asarray(values), jnp.asarray(mask))
+        if isinstance(law, dist.CategoricalProbs | dist.CategoricalLogits):
+            values = values.astype(int)  # NumPyro's categories are indices
     with subject_plate(study.subjects):
         return numpyro.sample(
             name,
@@ -242,7 +244,7 @@ def _fill_unobserved(law, values, mask):
     cell = jnp.where(mask, own + jnp.arange(count), first[:, None])
 
     def fill(leaf):
-        if jnp.ndim(leaf) < 2 or leaf.shape[-1] != count:
+        if jnp.ndim(leaf) != 2 or leaf.shape[-1] != count:
             return leaf
         return jnp.broadcast_to(leaf, mask.shape).reshape(-1)[cell]
 

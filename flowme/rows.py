@@ -18,7 +18,8 @@ class Outcomes(NamedTuple):
 
     values: dict[str, np.ndarray]
     observed: dict[str, np.ndarray]
-    censored: dict[str, np.ndarray]
+    censored: dict[str, np.ndarray]  # of outcomes that have censored values
+    limit: dict[str, np.ndarray]  # of outcomes that have limits; NaN where there is none
     written: np.ndarray  # [row] True where an observation stands, legible or not
 
 
@@ -147,7 +148,7 @@ def _read_outcomes(table: Table, columns: Columns, kinds: _Kinds) -> tuple[Outco
     where = dict.fromkeys(columns.outcome, kinds.measured)
     if columns.outcome_type is not None:
         where, columns = _levels(table, columns, kinds.measured)
-    outcomes = Outcomes({}, {}, {}, np.zeros(len(table.frame), bool))
+    outcomes = Outcomes({}, {}, {}, {}, np.zeros(len(table.frame), bool))
     wide = len(set(columns.outcome.values())) > 1
     read: dict[str, np.ndarray] = {}
     for name, column in columns.outcome.items():
@@ -160,7 +161,7 @@ def _read_outcomes(table: Table, columns: Columns, kinds: _Kinds) -> tuple[Outco
         if not written.any():
             table.findings.append(f"expected a value of outcome {name!r}; got none in the table")
         if name in columns.censored:
-            outcomes.censored[name] = _read_censored(table, columns.censored[name], observed)
+            _read_censoring(table, columns, name, outcomes)
     return outcomes, columns
 
 
@@ -173,11 +174,30 @@ def _read_outcome(table: Table, column: str, kinds: _Kinds, needed: bool) -> np.
     return values
 
 
-def _read_censored(table: Table, column: str, observed: np.ndarray) -> np.ndarray:
+def _read_censoring(table: Table, columns: Columns, name: str, outcomes: Outcomes) -> None:
+    """Reads which values of an outcome are censored, and the other ends of their intervals.
+
+    Where no value is censored the outcome counts as one without such columns.
+    """
+    column, observed = columns.censored[name], outcomes.observed[name]
     censored = table.numbers(column, observed)
     unknown = observed & ~np.isin(censored, (-1, 0, 1)) & np.isfinite(censored)
     table.refuse(unknown, f"{column} in {{-1, 0, 1}}", censored)
-    return np.where(observed, np.nan_to_num(censored), 0).astype(np.int32)
+    censored = np.where(observed, np.nan_to_num(censored), 0).astype(np.int32)
+    if np.any(censored):
+        outcomes.censored[name] = censored
+    if name not in columns.limit:
+        return
+    other, value = columns.limit[name], outcomes.values[name]
+    limit = np.where(observed, table.numbers(other), np.nan)
+    stray = np.isfinite(limit) & (censored == 0) & ~unknown
+    table.refuse(stray, f"no {other} where {column} is 0", limit, ". Leave the cell empty")
+    for code, side in ((1, "below"), (-1, "above")):
+        for row in np.flatnonzero((censored == code) & (code * (value - limit) <= 0)).tolist():
+            expected = f"{other} {side} the value {value[row]:g} where {column} is {code}"
+            table.found(row, expected, f"{limit[row]:g}")
+    if np.isfinite(limit).any():
+        outcomes.limit[name] = limit
 
 
 def _levels(
@@ -200,10 +220,11 @@ def _levels(
                 f"{columns.outcome_type!r}. Write outcome={column!r}"
             )
         return {name: measured & ~empty}, columns
-    censored = columns.censored.get(column)
+    censored, limit = columns.censored.get(column), columns.limit.get(column)
     return {level: measured & ~empty & (names == level) for level in levels}, columns._replace(
         outcome=dict.fromkeys(levels, column),
         censored=dict.fromkeys(levels, censored) if censored is not None else {},
+        limit=dict.fromkeys(levels, limit) if limit is not None else {},
     )
 
 

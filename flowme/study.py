@@ -80,7 +80,10 @@ class Study:
         values: Outcome -> [subject, time], 0 where not observed. Empty in `unobserved()`.
         observed: Outcome -> [subject, time], True where that outcome was measured.
         censored: Outcome -> [subject, time], 0 for a measurement, 1 for one that is known to lie
-            below `values`, -1 for one above; only for outcomes that have such a column.
+            below `values`, -1 for one above; only for outcomes of which some are censored.
+        limit: Outcome -> [subject, time], the other end of the interval in which a censored
+            measurement lies: [limit, value] for 1, [value, limit] for -1; NaN where there is
+            none; only for outcomes that have limits.
         covariates: Name -> [subject], or [subject, time] if changing in time (padded by the last).
         doses: The doses, [subject, dose].
         events: Records, doses and ends of infusions as one sequence, [subject, event].
@@ -92,6 +95,7 @@ class Study:
     values: dict[str, Array]
     observed: dict[str, Array]
     censored: dict[str, Array]
+    limit: dict[str, Array]
     covariates: dict[str, Array]
     doses: Doses
     events: Events
@@ -118,6 +122,7 @@ class Study:
         interval: str | None = None,
         steady_state: str | None = None,
         censored: str | Mapping[str, str] | None = None,
+        limit: str | Mapping[str, str] | None = None,
         outcome_type: str | None = None,
         keep_unobserved: bool = False,
         units: Mapping[str, str] | None = None,
@@ -125,7 +130,8 @@ class Study:
         """Reads a table with one row per measurement or dose.
 
         An argument left out is found by its NONMEM name (upper case) if the table has it: ID,
-        TIME, DV, AMT, EVID, MDV, CMT, RATE, DUR, ADDL, II, SS, CENS, DVID.
+        TIME, DV, AMT, EVID, MDV, CMT, RATE, DUR, ADDL, II, SS, CENS, LIMIT,
+        DVID.
 
         Args:
             frame: The table. It is not changed.
@@ -151,6 +157,8 @@ class Study:
                 long that the state no longer changes from one to the next. It replaces all that
                 was given before, as a reset does.
             censored: Column of -1, 0, 1 (see `Study.censored`); or outcome -> column.
+            limit: Column of the other ends of the intervals of censored measurements (see
+                `Study.limit`), as in Monolix; or outcome -> column.
             outcome_type: Column that says which outcome a row measures; outcomes are then named
                 by its levels.
             keep_unobserved: Whether to keep subjects without any measurement; else refused.
@@ -181,6 +189,7 @@ class Study:
             "interval": interval,
             "steady_state": steady_state,
             "censored": censored,
+            "limit": limit,
             "outcome_type": outcome_type,
         }
         units = dict(units or {})
@@ -241,9 +250,10 @@ class Study:
             values = np.asarray(self.values.get(name, np.nan))
             cells = observed | self.labels.measured[name]
             write_column(frame, column, rows[cells], np.where(observed, values, np.nan)[cells])
-            if name in columns.censored:
-                censored = np.asarray(self.censored[name])[observed]
-                write_column(frame, columns.censored[name], rows[observed], censored)
+            for role in ("censored", "limit"):
+                if name in getattr(self, role):
+                    cells = np.asarray(getattr(self, role)[name])[observed]
+                    write_column(frame, getattr(columns, role)[name], rows[observed], cells)
         for name, covariate in self.covariates.items():
             covariate = np.asarray(covariate)
             covariate = covariate[:, None] if covariate.ndim == 1 else covariate
@@ -319,6 +329,7 @@ class Study:
             values={},
             observed={name: np.ones(time.shape, bool) for name in self.outcomes},
             censored={},
+            limit={},
             covariates={
                 name: np.take_along_axis(value, last, 1) if value.ndim == 2 else value
                 for name, value in self.covariates.items()
@@ -455,6 +466,7 @@ def _arrange(table: Rows, frame: pd.DataFrame, units: dict[str, str]) -> Study:
         censored={
             n: np.where(recorded, v[rows], 0).astype(np.int32) for n, v in outcomes.censored.items()
         },
+        limit={n: np.where(recorded, v[rows], np.nan) for n, v in outcomes.limit.items()},
         covariates={
             n: v[rows] if n in columns.time_varying else v[rows[:, 0]]
             for n, v in table.covariates.items()
@@ -485,6 +497,7 @@ def _dense_labels(study: Study) -> _Labels:
         covariates=tuple(name for name, value in study.covariates.items() if value.ndim == 1),
         time_varying=tuple(name for name, value in study.covariates.items() if value.ndim == 2),
         censored={},
+        limit={},
     )
     who = old.frame[columns.subject].iloc[old.rows[:, 0].repeat(shape[1])]
     frame = who.reset_index(drop=True).to_frame()

@@ -54,6 +54,7 @@ _NONMEM = {
     "interval": "II",
     "steady_state": "SS",
     "censored": "CENS",
+    "limit": "LIMIT",
     "outcome_type": "DVID",
 }
 
@@ -62,7 +63,7 @@ _OF_DOSES = ("duration", "additional", "interval", "steady_state")
 
 
 class Columns(NamedTuple):
-    """The column of each role; `outcome` and `censored` map the outcome to its column."""
+    """The column of each role; `outcome`, `censored` and `limit` map the outcome to its column."""
 
     subject: str
     time: str
@@ -70,6 +71,7 @@ class Columns(NamedTuple):
     covariates: tuple[str, ...]
     time_varying: tuple[str, ...]
     censored: dict[str, str]
+    limit: dict[str, str]
     amount: str | None = None
     event: str | None = None
     missing: str | None = None
@@ -105,17 +107,14 @@ def find_columns(
     outcome = _named(given.pop("outcome"))
     if named["outcome_type"] is None and list(outcome.values()) != ["DV"]:
         given["outcome_type"] = None  # DVID tells the kinds of DV apart, not of another column
-    censored = given.pop("censored")
-    if censored is None:
-        censored = {}
-    elif isinstance(censored, str):
-        censored = dict.fromkeys(outcome, censored)
+    censored, limit = (_by_outcome(given.pop(role), outcome) for role in ("censored", "limit"))
     varying = _tuple(time_varying)
     columns = Columns(
         outcome=outcome,
         covariates=tuple(name for name in _tuple(covariates) if name not in varying),
         time_varying=varying,
-        censored=dict(censored),
+        censored=censored,
+        limit=limit,
         **given,
     )
     findings = _column_findings(frame, columns)
@@ -149,17 +148,36 @@ def _column_findings(frame: pd.DataFrame, columns: Columns) -> list[str]:
             f"expected a column of its own for each outcome; got {columns.outcome}. "
             "Use outcome_type= for the column that tells them apart"
         )
-    if len(columns.outcome) > 1 and len(set(columns.censored.values())) < len(columns.censored):
+    for role in ("censored", "limit"):
+        findings += _findings_by_outcome(role, getattr(columns, role), columns.outcome)
+    for column in {c: None for name, c in columns.limit.items() if name not in columns.censored}:
         findings.append(
-            "expected a column of censoring for each outcome; got "
-            f"{sorted(set(columns.censored.values()))}. Write censored={{outcome: column}}"
+            f"expected a column of -1, 0, 1 beside the limits in {column!r}; got none. "
+            "Name it: censored=..."
         )
-    for name in columns.censored:
-        if name not in columns.outcome:
-            findings.append(
-                f"expected censored to name outcomes of {list(columns.outcome)}; got {name!r}"
-            )
     return findings
+
+
+def _findings_by_outcome(role: str, columns: dict[str, str], outcome: dict[str, str]) -> list[str]:
+    """What is wrong with the columns of a role that each outcome has by itself."""
+    findings = []
+    if len(outcome) > 1 and len(set(columns.values())) < len(columns):
+        what = {"censored": "censoring", "limit": "limits"}[role]
+        findings.append(
+            f"expected a column of {what} for each outcome; got "
+            f"{sorted(set(columns.values()))}. Write {role}={{outcome: column}}"
+        )
+    for name in columns:
+        if name not in outcome:
+            findings.append(f"expected {role} to name outcomes of {list(outcome)}; got {name!r}")
+    return findings
+
+
+def _by_outcome(columns: str | Mapping[str, str] | None, outcome: Iterable[str]) -> dict[str, str]:
+    """Outcome -> column, where one column may be named for all."""
+    if isinstance(columns, str):
+        return dict.fromkeys(outcome, columns)
+    return dict(columns or {})
 
 
 def _named(outcome: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:

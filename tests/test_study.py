@@ -118,6 +118,26 @@ TABLES = {
         dict(subject="id", time="t", outcome="y", covariates=["sex", "temp"], time_varying="temp"),
         False,
     ),
+    "censored in intervals": (
+        _plain().assign(CENS=[0, 1, -1, 0, 1], LIMIT=[nan, 0.0, 9.0, nan, nan]),
+        dict(subject="id", time="t", outcome="y"),
+        False,
+    ),
+    "two outcomes in rows, one censored": (
+        pd.DataFrame(
+            {
+                "id": [1, 1, 1, 2],
+                "t": [1.0, 1.0, 2.0, 1.0],
+                "v": [2.0, 80.0, 1.0, 70.0],
+                "kind": ["cp", "pca", "cp", "pca"],
+                "below": [0, 0, 1, 0],
+            }
+        ).assign(end=[nan, nan, 0.5, nan]),
+        dict(
+            subject="id", time="t", outcome="v", outcome_type="kind", censored="below", limit="end"
+        ),
+        False,
+    ),
 }
 
 
@@ -214,6 +234,20 @@ def test_covariates_are_padded_and_censoring_is_kept():
     np.testing.assert_array_equal(study.covariates["temp"], [[20, 21, 22], [18, 19, 19]])
     np.testing.assert_array_equal(study.covariates["sex"], [1.0, 0.0])
     np.testing.assert_array_equal(study.censored["y"], [[0, 1, -1], [0, 0, 0]])
+    study = _read("censored in intervals")
+    np.testing.assert_array_equal(study.limit["y"], [[nan, 0.0, 9.0], [nan, nan, nan]])
+    np.testing.assert_array_equal(study.censored["y"], [[0, 1, -1], [0, 1, 0]])
+    two = _read("two outcomes in rows, one censored")
+    assert two.outcomes == ("cp", "pca")
+    assert list(two.censored) == list(two.limit) == ["cp"]
+    assert not study.at([1.0, 2.0]).censored and not study.at([1.0, 2.0]).limit
+
+
+def test_a_column_of_no_censoring_is_none():
+    frame = _plain().assign(CENS=0, LIMIT=nan)
+    study = Study.from_frame(frame, **NAMES)
+    assert study.censored == {} and study.limit == {}
+    pd.testing.assert_frame_equal(study.to_frame(), frame)
 
 
 def test_long_and_wide_tables_of_two_outcomes_agree():
@@ -336,7 +370,8 @@ def test_is_a_pytree_of_numpy_leaves_with_the_axis_subject_first(name):
     kinds = {np.dtype("float64"), np.dtype("int32"), np.dtype("bool")}
     assert all(isinstance(leaf, np.ndarray) and leaf.dtype in kinds for leaf in leaves)
     assert all(leaf.shape[0] == study.subjects.size for leaf in leaves)
-    assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
+    finite = jax.tree.leaves(replace(study, limit={}))  # where none is, a limit is NaN
+    assert all(np.all(np.isfinite(leaf)) for leaf in finite)
     again = jax.tree.unflatten(structure, leaves)
     pd.testing.assert_frame_equal(again.to_frame(), study.to_frame())
     pd.testing.assert_frame_equal(pickle.loads(pickle.dumps(study)).to_frame(), study.to_frame())
@@ -739,6 +774,26 @@ BAD_TABLES = {
         _plain().assign(CENS=[0, 2, 0, 0, 0]),
         NAMES,
         ["row 1, subject 1: expected CENS in {-1, 0, 1}; got 2"],
+    ),
+    "limits of censored values": (
+        _plain().assign(CENS=[0, 1, -1, 0, 1], LIMIT=[0.5, 2.0, 2.5, nan, 0.0]),
+        NAMES,
+        [
+            "3 findings",
+            "row 0, subject 1: expected no LIMIT where CENS is 0; got 0.5. Leave the cell empty",
+            "row 1, subject 1: expected LIMIT below the value 2 where CENS is 1; got 2",
+            "row 2, subject 1: expected LIMIT above the value 3 where CENS is -1; got 2.5",
+        ],
+    ),
+    "limits without censoring": (
+        _plain().assign(LIMIT=0.0),
+        NAMES,
+        ["expected a column of -1, 0, 1 beside the limits in 'LIMIT'; got none", "censored=..."],
+    ),
+    "limits of which outcome": (
+        _plain().assign(z=1.0, LIMIT=0.0),
+        NAMES | {"outcome": ["y", "z"]},
+        ["expected a column of limits for each outcome", "limit={outcome: column}"],
     ),
     "censoring of which outcome": (
         _plain().assign(z=1.0, CENS=0),

@@ -43,6 +43,7 @@ class Nodes(NamedTuple):
 
 
 SCOUTS = 32  # points of the population at which modes are looked for
+LEAP = 2.0  # the longest step towards a mode, in standard deviations of the population
 
 
 def locate(
@@ -95,6 +96,9 @@ def locate(
         eta, value, slope, curvature, damping = state
         factor = _inverse(_cholesky(curvature + damping[:, None, None] * precision))
         step = jnp.einsum("sde,sdf,sf->se", factor, factor, slope)
+        # Far from a mode the curvature may be anything, hence the step: it is kept within LEAP.
+        length = jnp.sqrt(jnp.sum(step @ precision * step, -1))
+        step = step * jnp.minimum(1.0, LEAP / jnp.maximum(length, LEAP))[:, None]
         scouting = (number > 0) & (number <= scouts)
         trial = jnp.where(scouting, away[jnp.clip(number - 1, 0, SCOUTS - 1)], eta + step)
         found = look(trial)
