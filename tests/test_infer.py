@@ -252,7 +252,7 @@ def test_interrupting_returns_the_fit_so_far(monkeypatch, line_fit):
         def set_postfix_str(self, text):
             pass
 
-    monkeypatch.setattr("flowme.infer.vem.tqdm", Impatient)
+    monkeypatch.setattr("flowme.infer.climb.tqdm", Impatient)
     fit = fm.VariationalEM(line_model()).run(jax.random.key(0), line_fit.study)
     assert not fit.converged
     assert "stopped by the user after 2 iterations" in fit.messages[0]
@@ -409,9 +409,9 @@ def test_starting_values_of_a_law_are_used(monkeypatch, line_fit):
     seen = []
     climb = fm.VariationalEM._climb
 
-    def spy(self, key, joint, values, study, progress):
+    def spy(self, key, joint, values, *rest):
         seen.append((joint, dict(values)))
-        return climb(self, key, joint, values, study, progress)
+        return climb(self, key, joint, values, *rest)
 
     monkeypatch.setattr(fm.VariationalEM, "_climb", spy)
     effect = fm.StudentTRandomEffect(["level", "slope"], omega=2.0, df=4.0)
