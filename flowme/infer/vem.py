@@ -68,7 +68,8 @@ class VariationalEM:
         flow_updates: at most so many updates of a flow.
         folds: folds over subjects that choose when to stop a flow; 0: never stop early. The best
             held-out gain is a maximum over updates and penalties, hence a little optimistic.
-        chunk: subjects evaluated together: memory grows with it, not with the study.
+        chunk: subjects evaluated together, on one device: memory grows with it, not with the
+            study. Further devices and processes take further chunks (`flowme.infer.parallel`).
         optimizer: optax optimiser of the flow's weights; by default Adam whose rate falls from
             .005 along a cosine.
 
@@ -206,7 +207,7 @@ class VariationalEM:
         theta, weights = joint.unconstrain(values), start_weights(joint)
         newton = self._newton(joint, theta, weights, study)
         title = "VariationalEM, " + ", ".join(type(v).__name__ for v in joint.roles.laws.values())
-        with tqdm(total=None, desc=title, disable=not progress) as bar:
+        with tqdm(total=None, desc=title, disable=not _seen(progress)) as bar:
             climb = Climb(newton, key, weights, self.tolerance, self.max_iterations, kept, bar)
             courses = [
                 Course(
@@ -271,7 +272,7 @@ class VariationalEM:
         now: Learned = kept.read("flow", begun) or begun
         keys = jax.random.split(key, -(-self.flow_updates // _BLOCK))
         done, total = _BLOCK * now.blocks, self.flow_updates
-        with tqdm(total=total, initial=done, desc=plan.title, disable=not progress) as bar:
+        with tqdm(total=total, initial=done, desc=plan.title, disable=not _seen(progress)) as bar:
             try:
                 while now.blocks < len(keys) and not now.ended:
                     states, block = program(
@@ -357,3 +358,8 @@ class VariationalEM:
         if name not in self._programs:
             self._programs[name] = jax.jit(make())
         return self._programs[name]
+
+
+def _seen(progress: bool) -> bool:
+    """Whether this process shows a progress bar: the first of several."""
+    return progress and jax.process_index() == 0
