@@ -252,7 +252,7 @@ def test_interrupting_returns_the_fit_so_far(monkeypatch, line_fit):
         def set_postfix_str(self, text):
             pass
 
-    monkeypatch.setattr("flowme.infer.climb.tqdm", Impatient)
+    monkeypatch.setattr("flowme.infer.vem.tqdm", Impatient)
     fit = fm.VariationalEM(line_model()).run(jax.random.key(0), line_fit.study)
     assert not fit.converged
     assert "stopped by the user after 2 iterations" in fit.messages[0]

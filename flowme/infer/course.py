@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from flowme.infer.climb import Ascent
 from flowme.infer.conditional import Conditional
 from flowme.infer.joint import Joint
 from flowme.infer.newton import Newton, NewtonState
@@ -29,6 +31,15 @@ class Course(NamedTuple):
     selected: int | None = None
     messages: tuple[str, ...] = ()
     interrupted: bool = False
+
+    @classmethod
+    def of(cls, joint: Joint, weights: dict[str, jax.Array], newton: Newton, ascent: Ascent):
+        """That of an ascent."""
+        state, theta = ascent.state, jnp.asarray(ascent.state.theta)
+        return cls(
+            joint, theta, weights, state.evaluation.conditional, [*ascent.history],
+            ascent.converged, ascent.why, newton, state, interrupted=ascent.interrupted,
+        )  # fmt: skip
 
 
 def disagreement(best: Course, courses: list[Course], tolerance: float) -> tuple[str, ...]:

@@ -51,13 +51,14 @@ def by_chunk(
     Returns:
         `each` of all subjects, and the sum of `total` over the chunks; NumPy arrays.
     """
+    subjects = jax.tree.map(np.asarray, subjects)
     count = len(jax.tree.leaves(subjects)[0])
     rows = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
     def chunk(number):
         own = np.resize(rows[number], min(size, count))
         real = (np.arange(len(own)) < len(rows[number])).astype(float)
-        return np.asarray(number), real, jax.tree.map(lambda x: np.asarray(x)[own], subjects)
+        return np.asarray(number), real, jax.tree.map(lambda x: x[own], subjects)
 
     def run(numbers):
         devices, found = _devices(len(numbers)), []

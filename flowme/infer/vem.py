@@ -170,7 +170,7 @@ class VariationalEM:
             ValueError: the model or the starting values do not fit the study, or the checkpoint is
                 of another model, study, key or choice of arguments.
         """
-        joint = Joint.of(self.model, study)
+        joint, progress = Joint.of(self.model, study), progress and jax.process_index() == 0
         kept = Checkpoint()
         if checkpoint is not None:
             kept = Checkpoint.open(checkpoint, asked(self, key, joint, study, init or {}))
@@ -207,17 +207,10 @@ class VariationalEM:
         theta, weights = joint.unconstrain(values), start_weights(joint)
         newton = self._newton(joint, theta, weights, study)
         title = "VariationalEM, " + ", ".join(type(v).__name__ for v in joint.roles.laws.values())
-        with tqdm(total=None, desc=title, disable=not _seen(progress)) as bar:
+        with tqdm(total=None, desc=title, disable=not progress) as bar:
             climb = Climb(newton, key, weights, self.tolerance, self.max_iterations, kept, bar)
-            courses = [
-                Course(
-                    joint, jnp.asarray(state.theta), weights, state.evaluation.conditional,
-                    [*history], ascent.converged, ascent.why, newton, state,
-                    interrupted=ascent.interrupted,
-                )
-                for ascent in climb.run(np.asarray(theta), study, self.starts)
-                for state, history in [ascent[:2]]
-            ]  # fmt: skip
+            ascents = climb.run(np.asarray(theta), study, self.starts)
+            courses = [Course.of(joint, weights, newton, ascent) for ascent in ascents]
         best = max(courses, key=lambda c: np.nan_to_num(c.history[-1], nan=-np.inf))
         return best._replace(
             messages=disagreement(best, courses, self.tolerance),
@@ -272,7 +265,7 @@ class VariationalEM:
         now: Learned = kept.read("flow", begun) or begun
         keys = jax.random.split(key, -(-self.flow_updates // _BLOCK))
         done, total = _BLOCK * now.blocks, self.flow_updates
-        with tqdm(total=total, initial=done, desc=plan.title, disable=not _seen(progress)) as bar:
+        with tqdm(total=total, initial=done, desc=plan.title, disable=not progress) as bar:
             try:
                 while now.blocks < len(keys) and not now.ended:
                     states, block = program(
@@ -358,8 +351,3 @@ class VariationalEM:
         if name not in self._programs:
             self._programs[name] = jax.jit(make())
         return self._programs[name]
-
-
-def _seen(progress: bool) -> bool:
-    """Whether this process shows a progress bar: the first of several."""
-    return progress and jax.process_index() == 0
