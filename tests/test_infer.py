@@ -409,9 +409,9 @@ def test_starting_values_of_a_law_are_used(monkeypatch, line_fit):
     seen = []
     climb = fm.VariationalEM._climb
 
-    def spy(self, key, joint, values, study, progress):
+    def spy(self, key, joint, values, *rest):
         seen.append((joint, dict(values)))
-        return climb(self, key, joint, values, study, progress)
+        return climb(self, key, joint, values, *rest)
 
     monkeypatch.setattr(fm.VariationalEM, "_climb", spy)
     effect = fm.StudentTRandomEffect(["level", "slope"], omega=2.0, df=4.0)

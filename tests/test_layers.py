@@ -11,6 +11,7 @@ LAYERS = {
         "quantile",
         "flows",
         "effects",
+        "occasions",
         "kernel_mixture",
         "semi_nonparametric",
         "residual",

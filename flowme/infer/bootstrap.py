@@ -27,7 +27,8 @@ from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
 from flowme.infer.newton import Newton, newton_of
 from flowme.infer.resampled import Bootstrap
-from flowme.infer.vem import VariationalEM, _gaussians, _start
+from flowme.infer.starts import from_gaussian, gaussians
+from flowme.infer.vem import VariationalEM
 from flowme.primitives import replace_effect
 
 
@@ -148,7 +149,7 @@ class _Relearn(NamedTuple):
     @classmethod
     def of(cls, vem: VariationalEM, fit: Fit, dependence: float) -> _Relearn:
         laws = {n: law for n, law in fit.joint.roles.laws.items() if f"{n}_weights" in fit.weights}
-        joint = Joint.of(replace_effect(fit.joint.model, **_gaussians(laws)), fit.study)
+        joint = Joint.of(replace_effect(fit.joint.model, **gaussians(laws)), fit.study)
         known = {k: v for k, v in fit.params.items() if k in joint.roles.population}
         start = np.asarray(joint.unconstrain(known))
         newton = newton_of(joint, start, {}, fit.study, use_priors=fit.use_priors, chunk=vem.chunk)
@@ -196,7 +197,7 @@ class _Relearn(NamedTuple):
         )
         known = {k: v for k, v in self.fit.params.items() if k in joint.roles.population}
         laws = {n: joint.roles.laws[n] for n in self.names}
-        values, weights = _start(key, joint, laws, first, {}, rows)
+        values, weights = from_gaussian(key, joint, laws, first, {}, rows)
         own = jax.tree.map(lambda x: x[rows], conditional)
         return self.learn.start(joint.unconstrain({**known, **values}), weights, own)
 

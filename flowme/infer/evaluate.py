@@ -19,7 +19,7 @@ both are arguments. Memory does not grow with the number of subjects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from flowme.infer.conditional import (
     population_law,
 )
 from flowme.infer.joint import Joint, Weights
+from flowme.infer.parallel import by_chunk
 from flowme.infer.references import References
 from flowme.study import Study
 
@@ -74,23 +75,6 @@ class Evaluation(NamedTuple):
     outer: Any  # Σ_i c_i ∇ℓ_i ∇ℓ_iᵀ, [parameter, parameter]
 
 
-def chunks(study: Study, size: int = CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray, Study]]:
-    """The study in parts of `size` subjects, the last one filled up with its first subject.
-
-    Yields:
-        Rows of the subjects, whether each is one of them (`[size]`), and their part of the study.
-    """
-    count = study.subjects.size
-    for first in range(0, count, size):
-        rows = np.arange(first, min(first + size, count))
-        filled = np.resize(rows, min(size, count))
-        yield rows, np.arange(len(filled)) < len(rows), _rows(study, filled)
-
-
-def _rows(tree: Any, rows: np.ndarray) -> Any:
-    return jax.tree.map(lambda x: x[rows], tree)
-
-
 def evaluate(
     engine: Engine,
     key: jax.Array,
@@ -123,21 +107,11 @@ def evaluate(
     many = study.subjects.size > 4 * chunk
     scouts = 0 if start is not None else SCOUTS // 4 if many else SCOUTS
     points, log_weight, blocks = _rule(engine.joint.effect_size, order) if order else _none(engine)
-    parts = []
-    for number, (rows, real, part) in enumerate(chunks(study, chunk)):
-        own, count = np.zeros((len(real), engine.joint.effect_size)), np.zeros(len(real))
-        count[: len(rows)] = counts[rows]
-        if start is not None:
-            own[: len(rows)] = start[rows]
-        found = _evaluate(
-            engine, jax.random.fold_in(key, number), theta, weights, part, count, own, scouts,
-            steps, points, log_weight, blocks,
-        )  # fmt: skip
-        found = jax.tree.map(np.asarray, found)
-        parts.append([*(_rows(x, np.arange(len(rows))) for x in found[:4]), *found[4:]])
-    joined = zip(*parts, strict=True)
-    each = [jax.tree.map(lambda *x: np.concatenate(x), *next(joined)) for _ in range(4)]
-    return Evaluation(*each, *(np.sum(x, axis=0) for x in joined))
+
+    modes = np.zeros((len(counts), engine.joint.effect_size)) if start is None else start
+    shared = key, theta, weights, scouts, steps, points, log_weight, blocks
+    each, sums = by_chunk(_evaluate, engine, shared, (study, modes, counts), chunk)
+    return Evaluation(*each, *sums)
 
 
 @cache
@@ -166,10 +140,11 @@ class _Sums(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def _evaluate(
-    engine, key, theta, weights, study, counts, start, scouts, steps, points, log_weight, blocks
-) -> Evaluation:
-    """`evaluate` for one chunk."""
+def _evaluate(engine, shared, chunk) -> tuple[tuple, tuple]:
+    """`evaluate` for one chunk: what is of each subject, and the sums."""
+    key, theta, weights, scouts, steps, points, log_weight, blocks = shared
+    number, real, (study, start, counts) = chunk
+    key, counts = jax.random.fold_in(key, number), real * counts
     conditional = locate(engine.joint, theta, weights, study, start, scouts, steps)
     if engine.points:
         found = _by_importance(engine, key, theta, weights, study, conditional)
@@ -183,10 +158,8 @@ def _evaluate(
     second = jnp.where(counts[:, None, None] > 0, found.second, 0.0)
     second = jnp.einsum("s,spq->pq", counts, second)
     outer = score.T @ (counts[:, None] * score)
-    return Evaluation(
-        conditional, conditional.mean + found.away, covariance, found.log_likelihood,
-        counts @ score, into.T @ second @ into - outer, outer,
-    )  # fmt: skip
+    each = conditional, conditional.mean + found.away, covariance, found.log_likelihood
+    return each, (counts @ score, into.T @ second @ into - outer, outer)
 
 
 def _places(engine: Engine) -> np.ndarray:

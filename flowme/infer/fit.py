@@ -154,7 +154,7 @@ def save(fit: Fit, path: str | Path) -> Path:
     path = _file(path)
     header = {
         "format": 1,
-        **_identity(fit.joint, fit.study),
+        **identity(fit.joint, fit.study),
         "converged": fit.converged,
         "messages": list(fit.messages),
         "use_priors": fit.use_priors,
@@ -184,7 +184,7 @@ def load(path: str | Path, model: Callable, study: Study) -> Fit:
         arrays = dict(file)
     header = json.loads(str(arrays.pop("header")))
     joint = Joint.of(model, study)
-    for what, value in _identity(joint, study).items():
+    for what, value in identity(joint, study).items():
         if header[what] != value:
             raise ValueError(
                 f"expected a model and a study with the {what} of {path.name}, "
@@ -219,7 +219,7 @@ def _file(path: str | Path) -> Path:
     return path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
 
 
-def _identity(joint: Joint, study: Study) -> dict[str, Any]:
+def identity(joint: Joint, study: Study) -> dict[str, Any]:
     """What a file and the model and study it is loaded with must agree on."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(study):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +12,10 @@ import numpy as np
 from scipy.special import logsumexp
 
 from flowme.infer.conditional import find, importance, likelihood_at, population_law
-from flowme.infer.evaluate import CHUNK, LARGEST, Engine, Evaluation, chunks, evaluate
+from flowme.infer.evaluate import CHUNK, LARGEST, Engine, Evaluation, evaluate
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
+from flowme.infer.parallel import by_chunk
 from flowme.infer.pareto import TOO_HEAVY, pareto_k
 from flowme.study import Study
 
@@ -101,24 +100,22 @@ def estimate_marginal(
     """`marginal_log_likelihood` of `joint` at θ and these flow weights."""
     if replicates < 2:
         raise ValueError(f"expected at least 2 replicates for a standard error; got {replicates}.")
-    parts = []
-    for k, (rows, _, part) in zip(_keys(key), chunks(study), strict=False):
-        terms = np.asarray(_replicates(joint, points, replicates, k, theta, weights, part))
-        parts.append(_summarise(terms[..., : len(rows)]))
-    mean, error, heavy = (np.concatenate(x) for x in zip(*parts, strict=True))
+    static, shared = (joint, points, replicates), (key, theta, weights)
+    (mean, error, heavy), _ = by_chunk(_replicates, static, shared, study, CHUNK, _summarise)
     messages = _doubts(heavy, study, points)
     return MarginalLikelihood(mean, error, pareto_k=heavy, messages=messages)
 
 
-def _summarise(terms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _summarise(found: tuple[np.ndarray, tuple]) -> tuple[tuple[np.ndarray, ...], tuple]:
     """log p(y_i), its standard error and k̂, from log v_ik p(y_i | η_ik) p(η_ik)
     `[replicate, point, subject]`."""
+    terms, nothing = found
     replicates = len(terms)
     values = logsumexp(terms, axis=1)
     mean = logsumexp(values, axis=0) - np.log(replicates)
     with np.errstate(invalid="ignore"):  # a subject that is impossible at all nodes
         error = np.std(np.exp(values - mean), axis=0, ddof=1) / np.sqrt(replicates)
-    return mean, error, pareto_k(terms.reshape(-1, terms.shape[2]))
+    return (mean, error, pareto_k(terms.reshape(-1, terms.shape[2]))), nothing
 
 
 def _doubts(heavy: np.ndarray, study: Study, points: int) -> tuple[str, ...]:
@@ -132,10 +129,6 @@ def _doubts(heavy: np.ndarray, study: Study, points: int) -> tuple[str, ...]:
         f"subject(s): {named}{', ...' if worst.size > 5 else ''}. Their log p(y) and its standard "
         f"error are not to be believed: raise points (now {points}), and see whether it changes.",
     )
-
-
-def _keys(key: jax.Array) -> Iterator[jax.Array]:
-    return (jax.random.fold_in(key, number) for number in itertools.count())
 
 
 def by_quadrature(
@@ -184,9 +177,12 @@ def spread(size: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, size - 1, count).astype(int))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _replicates(joint: Joint, points: int, replicates: int, key, theta, weights, study) -> Any:
-    """log v_ik p(y_i | η_ik) p(η_ik), `[replicate, point, subject]`."""
+@partial(jax.jit, static_argnums=0)
+def _replicates(static: tuple[Joint, int, int], shared, chunk) -> tuple[jax.Array, tuple]:
+    """log v_ik p(y_i | η_ik) p(η_ik) of a chunk, `[replicate, point, subject]`."""
+    joint, points, replicates = static
+    key, theta, weights = shared
+    number, _, study = chunk
     conditional = find(joint, theta, weights, study)
     broad = population_law(joint, theta, weights, study)
 
@@ -195,4 +191,5 @@ def _replicates(joint: Joint, points: int, replicates: int, key, theta, weights,
         terms = likelihood_at(joint, theta, weights, nodes, study) + effect + nodes.log_weight
         return jnp.where(jnp.isnan(terms), -jnp.inf, terms)
 
-    return jax.lax.map(replicate, jax.random.split(key, replicates))
+    keys = jax.random.split(jax.random.fold_in(key, number), replicates)
+    return jax.lax.map(replicate, keys), ()

@@ -5,33 +5,35 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 import optax
 from tqdm.auto import tqdm
 
-from flowme.effects import GaussianRandomEffect, MixtureRandomEffect, RandomEffect
+from flowme.infer.asked import asked
+from flowme.infer.checkpoint import Checkpoint
+from flowme.infer.climb import Climb
 from flowme.infer.clock import Clock
-from flowme.infer.conditional import Conditional
+from flowme.infer.course import Course, disagreement, failed
 from flowme.infer.doubts import doubts
 from flowme.infer.evaluate import CHUNK, LARGEST, Engine, evaluate, scores
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, start_weights
-from flowme.infer.learn import Block, Learn, LearnState, side_by_side
-from flowme.infer.marginal import MarginalLikelihood, by_quadrature, estimate_marginal, spread
+from flowme.infer.learn import Learn, LearnState, side_by_side
+from flowme.infer.marginal import MarginalLikelihood, by_quadrature, estimate_marginal
 from flowme.infer.newton import ORDER, Newton, NewtonState, newton_of
+from flowme.infer.plan import DEPENDENCE, Learned, Plan
 from flowme.infer.references import References
+from flowme.infer.starts import from_gaussian, gaussians, needs_start
 from flowme.primitives import replace_effect
 from flowme.study import Study
 
 _BLOCK = 5  # updates of a flow in one compiled call, between two moves of the progress bar
 _INNER = 10  # optimiser steps per update
-_DEPENDENCE = (8.0, 16.0)  # penalties on dependence between coordinates, chosen by held-out fit
-_PATIENCE = 8  # updates without a better held-out likelihood after which a flow is stopped
 
 
 class VEMState(NamedTuple):
@@ -67,7 +69,8 @@ class VariationalEM:
         flow_updates: at most so many updates of a flow.
         folds: folds over subjects that choose when to stop a flow; 0: never stop early. The best
             held-out gain is a maximum over updates and penalties, hence a little optimistic.
-        chunk: subjects evaluated together: memory grows with it, not with the study.
+        chunk: subjects evaluated together, on one device: memory grows with it, not with the
+            study. Further devices and processes take further chunks (`flowme.infer.parallel`).
         optimizer: optax optimiser of the flow's weights; by default Adam whose rate falls from
             .005 along a cosine.
 
@@ -131,7 +134,7 @@ class VariationalEM:
             learn, (key, key_update) = state.engine, jax.random.split(state.key)
             everyone = jnp.ones(study.subjects.size)
             program = self._program((state.engine, "update"), lambda: learn.update)
-            learned = program(key_update, state.inner, everyone, _DEPENDENCE[0], study)
+            learned = program(key_update, state.inner, everyone, DEPENDENCE[0], study)
             state = state._replace(key=key, inner=learned)
         return state, self.evaluate(state)
 
@@ -149,6 +152,7 @@ class VariationalEM:
         *,
         init: dict[str, Any] | None = None,
         progress: bool = True,
+        checkpoint: str | Path | None = None,
     ) -> Fit:
         """Estimate the model on `study`.
 
@@ -158,28 +162,37 @@ class VariationalEM:
             init: starting values of population parameters by name, in place of the model's.
             progress: show a progress bar. Interrupting (Ctrl-C) ends the iteration under way and
                 returns the fit as far as it got, marked as not converged.
+            checkpoint: a folder, made if it is not there, to which the state is written after
+                every Newton step and every few updates of a flow. The same call takes up from
+                there after an interruption, however hard, and ends with the same result; after
+                the end, it has the result again without the steps.
 
         Raises:
-            ValueError: the model or the starting values do not fit the study.
+            ValueError: the model or the starting values do not fit the study, or the checkpoint is
+                of another model, study, key or choice of arguments.
         """
         clock = Clock()
-        joint = Joint.of(self.model, study)
-        laws = {name: law for name, law in joint.roles.laws.items() if _needs_start(law)}
+        joint, progress = Joint.of(self.model, study), progress and jax.process_index() == 0
+        kept = Checkpoint()
+        if checkpoint is not None:
+            kept = Checkpoint.open(checkpoint, asked(self, key, joint, study, init or {}))
+        laws = {name: law for name, law in joint.roles.laws.items() if needs_start(law)}
         keys = jax.random.split(key, 4)
         if not laws:
-            course = self._climb(keys[0], joint, init or {}, study, progress)
+            course = self._climb(keys[0], joint, init or {}, study, progress, (kept, "climb"))
+            return self._finish(keys[3], course, study, clock)
+        gaussian = Joint.of(replace_effect(self.model, **gaussians(laws)), study)
+        known = {k: v for k, v in (init or {}).items() if k in gaussian.roles.population}
+        first = self._climb(keys[0], gaussian, known, study, progress, (kept, "gaussian"))
+        if first.interrupted:
+            return self._finish(keys[3], first, study, clock)
+        start_from = partial(from_gaussian, keys[1], joint, laws, first, init or {})
+        values, weights = start_from()
+        if weights:
+            course = self._learn_flow(keys[2], joint, start_from, first, study, progress, kept)
         else:
-            gaussian = Joint.of(replace_effect(self.model, **_gaussians(laws)), study)
-            known = {k: v for k, v in (init or {}).items() if k in gaussian.roles.population}
-            first = self._climb(keys[0], gaussian, known, study, progress)
-            start = partial(_start, keys[1], joint, laws, first, init or {})
-            values, weights = start()
-            if weights:
-                course = self._learn_flow(keys[2], joint, start, first, study, progress)
-            else:
-                course = self._climb(keys[2], joint, values, study, progress)
-        fit = self._finish(keys[3], course, study)
-        return dataclasses.replace(fit, seconds=clock.read())
+            course = self._climb(keys[2], joint, values, study, progress, (kept, "law"))
+        return self._finish(keys[3], course, study, clock)
 
     # The Newton iteration.
 
@@ -189,77 +202,29 @@ class VariationalEM:
             use_priors=self.use_priors, points=self.points, chunk=self.chunk,
         )  # fmt: skip
 
-    def _climb(self, key, joint: Joint, values, study: Study, progress: bool) -> _Course:
-        """Newton steps to the maximum: from several starts where the study is small, and first on
-        some of the subjects where it is large."""
+    def _climb(
+        self, key, joint: Joint, values, study: Study, progress: bool, kept: tuple[Checkpoint, str]
+    ) -> Course:
+        """Newton steps to the maximum, from as many starts as the study asks for."""
         theta, weights = joint.unconstrain(values), start_weights(joint)
         newton = self._newton(joint, theta, weights, study)
         title = "VariationalEM, " + ", ".join(type(v).__name__ for v in joint.roles.laws.values())
-        history: list[float] = []
-        courses: list[_Course] = []
         with tqdm(total=None, desc=title, disable=not progress) as bar:
-            count = self.chunk
-            while study.subjects.size >= 2 * count:
-                some = study.subset(spread(study.subjects.size, count))
-                state, *_ = self._ascend(key, newton, theta, weights, some, history, bar)
-                theta, count = state.theta, 16 * count
-            for start in self._starts(key, newton, np.asarray(theta), study):
-                history = []
-                state, converged, why = self._ascend(
-                    key, newton, start, weights, study, history, bar
-                )
-                courses.append(
-                    _Course(joint, jnp.asarray(state.theta), weights, state.evaluation.conditional,
-                            history, converged, why, newton, state)
-                )  # fmt: skip
-                if "user" in why:
-                    break
+            climb = Climb(newton, key, weights, self.tolerance, self.max_iterations, kept, bar)
+            ascents = climb.run(np.asarray(theta), study, self.starts)
+            courses = [Course.of(joint, weights, newton, ascent) for ascent in ascents]
         best = max(courses, key=lambda c: np.nan_to_num(c.history[-1], nan=-np.inf))
-        return best._replace(messages=_disagreement(best, courses, self.tolerance))
-
-    def _starts(self, key, newton: Newton, theta: np.ndarray, study: Study) -> list[np.ndarray]:
-        """The start, and others a factor of 2 or so away from it."""
-        small = study.subjects.size <= self.chunk and newton.engine.points == 0
-        count = self.starts if self.starts is not None else (3 if small else 1)
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        return [theta, *(theta + 0.7 * rng.normal(size=(count - 1, theta.size)))]
-
-    def _ascend(self, key, newton, theta, weights, study, history, bar):
-        """Newton steps from θ until a full one is expected to add less than the tolerance."""
-        state = newton.start(key, theta, weights, study)
-        history.append(state.objective)
-        why = f"not converged after {self.max_iterations} iterations: raise max_iterations"
-        looked_again = study.subjects.size > 4 * self.chunk
-        try:
-            for _ in range(self.max_iterations):
-                done = state.near and state.gain < self.tolerance
-                if done and study.subjects.size > 4 * self.chunk:
-                    return state, True, ""
-                state = newton.step(key, state, weights, study)  # squares what was left
-                history.append(state.objective)
-                bar.update()
-                bar.set_postfix_str(f"-2LL {-2 * history[-1]:.3f}, gain {state.gain:.1e}")
-                if done and not looked_again:
-                    # Modes were followed from where θ began: some may have been left behind.
-                    state, looked_again = newton.again(key, state, weights, study), True
-                    history.append(state.objective)
-                    done = state.gain < self.tolerance
-                if done:
-                    return state, True, ""
-                if state.radius < 1e-9:
-                    return state, False, "stopped: no step raises the likelihood any more"
-                if not np.isfinite(history[-1]) and len(history) > 5:
-                    return state, False, "stopped: the marginal likelihood is not finite"
-        except KeyboardInterrupt:
-            why = f"stopped by the user after {len(history) - 1} iterations"
-        return state, False, why
+        return best._replace(
+            messages=disagreement(best, courses, self.tolerance),
+            interrupted=courses[-1].interrupted,
+        )
 
     # The flow.
 
     def _learn(self, joint: Joint, found: References) -> Learn:
         return Learn(joint, found, self.optimizer, 64, 4, _INNER, 2.0, self.use_priors)
 
-    def _learn_flow(self, key, joint: Joint, start_from, first: _Course, study, progress):
+    def _learn_flow(self, key, joint: Joint, start_from, first: Course, study, progress, kept):
         """Updates of the flow from the Gaussian fit, as many as held-out subjects ask for.
 
         For every penalty on dependence, the folds and the fit to all subjects run side by side;
@@ -267,66 +232,68 @@ class VariationalEM:
         """
         values, _ = start_from()
         learn = self._learn(joint, first.newton.engine.references)
-        start = learn.start(joint.unconstrain(values), start_weights(joint), first.conditional)
+        begin = learn.start(joint.unconstrain(values), start_weights(joint), first.conditional)
         key_fold, key_run = jax.random.split(key)
-        plan = _Plan.of(key_fold, learn, study.subjects.size, self.folds)
-        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(plan.masks), *x.shape)), start)
+        plan = Plan.of(key_fold, learn, study.subjects.size, self.folds)
         own = [start_from(np.flatnonzero(mask))[1] for mask in plan.masks]
-        states = states._replace(weights=jax.tree.map(lambda *w: jnp.stack(w), *own))
+        gaussian = plan.gaussian(begin, first.state.evaluation.log_likelihood)
+        learned = Learned(plan.states(begin, own), gaussian)
+        learned = self._update_flows(key_run, learn, plan, learned, study, progress, kept)
+        if not learned.blocks:
+            return first._replace(why=learned.why, converged=False)
+        path = learned.path
+        update, candidate, selection = plan.choose(path)
+        theta, weights = jax.tree.map(
+            lambda x: jnp.asarray(x[update, candidate]), (path.theta, path.weights)
+        )
+        moved = jnp.asarray(learn.references.matrix(joint)) @ (theta - begin.theta)
+        conditional = begin.conditional._replace(mean=begin.conditional.mean - moved)
+        climbed = path.log_likelihood[: update + 1, plan.everyone[candidate]].sum(1)
+        why = learned.why or plan.cut_short(path, update, learned.ended, _BLOCK)
+        return first._replace(
+            joint=joint, theta=theta, weights=weights, conditional=conditional,
+            history=[*first.history, *climbed], converged=first.converged and not why, why=why,
+            newton=first.newton if update == 0
+            else Newton(Engine(joint, learn.references, 64), self.use_priors, self.chunk),
+            selection=selection, selected=update, messages=(),
+        )  # fmt: skip
+
+    def _update_flows(self, key, learn: Learn, plan: Plan, begun: Learned, study, progress, kept):
+        """Blocks of updates, until no penalty has improved for a while."""
         program = self._program(
             (learn, "side by side", len(plan.masks)),
             lambda: partial(side_by_side, learn, _BLOCK),
         )
-        blocks = [plan.gaussian(start, first.state.evaluation.log_likelihood)]
-        why, converged = "", first.converged
-        ended = False
-        with tqdm(total=self.flow_updates, desc=plan.title, disable=not progress) as bar:
+        now: Learned = kept.read("flow", begun) or begun
+        keys = jax.random.split(key, -(-self.flow_updates // _BLOCK))
+        done, total = _BLOCK * now.blocks, self.flow_updates
+        with tqdm(total=total, initial=done, desc=plan.title, disable=not progress) as bar:
             try:
-                for k in jax.random.split(key_run, -(-self.flow_updates // _BLOCK)):
+                while now.blocks < len(keys) and not now.ended:
                     states, block = program(
-                        k, states, plan.masks, plan.dependence, plan.everyone, study
-                    )
-                    blocks.append(jax.tree.map(np.asarray, block))
-                    path = jax.tree.map(lambda *x: np.concatenate(x), *blocks)
+                        keys[now.blocks], now.states, plan.masks, plan.dependence, plan.everyone,
+                        study,
+                    )  # fmt: skip
+                    path = jax.tree.map(lambda *x: np.concatenate(x), now.path, block)
+                    now = Learned(states, path, now.blocks + 1, plan.past_the_best(path))
+                    kept.write("flow", now)
                     bar.update(_BLOCK)
                     bar.set_postfix_str(plan.report(path))
-                    if ended := plan.past_the_best(path):
-                        break
             except KeyboardInterrupt:
-                why, converged = "stopped by the user while learning the flow", False
-        if len(blocks) == 1:
-            return first._replace(why=why, converged=False)
-        update, candidate, selection = plan.choose(path)
-        if not why and not ended and update >= len(path.theta) - _BLOCK:
-            converged = False
-            why = (
-                f"the flow was still improving after {len(path.theta)} updates: raise flow_updates"
-                if plan.fold_count
-                else "the flow was stopped by flow_updates, not by held-out subjects (folds=0)"
-            )
-        theta, weights = jax.tree.map(
-            lambda x: jnp.asarray(x[update, candidate]), (path.theta, path.weights)
-        )
-        moved = jnp.asarray(learn.references.matrix(joint)) @ (theta - start.theta)
-        conditional = start.conditional._replace(mean=start.conditional.mean - moved)
-        climbed = path.log_likelihood[: update + 1, plan.everyone[candidate]].sum(1)
-        return _Course(
-            joint, theta, weights, conditional, [*first.history, *climbed], converged, why,
-            first.newton if update == 0
-            else Newton(Engine(joint, learn.references, 64), self.use_priors, self.chunk),
-            first.state, selection, update,
-        )  # fmt: skip
+                kept.stop()
+                now = now._replace(why="stopped by the user while learning the flow")
+        return now
 
     # The end.
 
-    def _finish(self, key, course: _Course, study: Study) -> Fit:
+    def _finish(self, key, course: Course, study: Study, clock: Clock) -> Fit:
         key_marginal, key_information = jax.random.split(key)
         joint, theta, weights = course.joint, course.theta, course.weights
         marginal = self._marginal(key_marginal, course, study)
         information, outer = self._information(key_information, course, study)
         messages = [course.why] if course.why else []
         messages += course.messages
-        messages += _failed(marginal.log_likelihood, joint, course, study)
+        messages += failed(marginal.log_likelihood, course, study)
         fit = Fit(
             joint=joint,
             study=study,
@@ -349,9 +316,9 @@ class VariationalEM:
         if course.selected:  # the Newton iteration ended at the Gaussian
             means, gradient = np.asarray(course.conditional.mean), np.zeros(joint.size)
         doubtful = doubts(fit, means, gradient)
-        return dataclasses.replace(fit, messages=(*messages, *doubtful))
+        return dataclasses.replace(fit, messages=(*messages, *doubtful), seconds=clock.read())
 
-    def _marginal(self, key, course: _Course, study: Study) -> MarginalLikelihood:
+    def _marginal(self, key, course: Course, study: Study) -> MarginalLikelihood:
         """The likelihood to report: by quadrature of higher order where there is quadrature."""
         if course.newton.engine.points or course.selected:
             return estimate_marginal(key, course.joint, course.theta, course.weights, study)
@@ -360,7 +327,7 @@ class VariationalEM:
             ORDER[course.joint.effect_size][course.state.near], chunk=self.chunk,
         )  # fmt: skip
 
-    def _information(self, key, course: _Course, study: Study):
+    def _information(self, key, course: Course, study: Study):
         """Observed information of θ and the outer product of the subjects' scores; for a learned
         flow the latter alone, in both places. By quadrature of a higher order than θ was found
         with, unless the study is large."""
@@ -386,183 +353,3 @@ class VariationalEM:
         if name not in self._programs:
             self._programs[name] = jax.jit(make())
         return self._programs[name]
-
-
-class _Course(NamedTuple):
-    """How an estimation went."""
-
-    joint: Joint
-    theta: jax.Array
-    weights: dict[str, jax.Array]
-    conditional: Conditional
-    history: list[float]
-    converged: bool
-    why: str
-    newton: Newton
-    state: NewtonState  # where the Newton iteration ended
-    selection: np.ndarray | None = None
-    selected: int | None = None
-    messages: tuple[str, ...] = ()
-
-
-def _disagreement(best: _Course, courses: list[_Course], tolerance: float) -> tuple[str, ...]:
-    """A message when other starts ended elsewhere."""
-    ends = np.array([c.history[-1] for c in courses if c.converged])
-    lower = best.history[-1] - ends > 10 * tolerance
-    if len(courses) == 1 or not np.any(lower):
-        return ()
-    return (
-        f"{np.sum(lower)} of {len(courses)} starts ended in a lower maximum (-2LL higher by "
-        f"{', '.join(f'{2 * (best.history[-1] - e):.2f}' for e in ends[lower])}); the best one is "
-        "reported. The likelihood has several maxima: check the starting values.",
-    )
-
-
-def _needs_start(law: dist.Distribution) -> bool:
-    return isinstance(law, RandomEffect) and not isinstance(law, GaussianRandomEffect)
-
-
-def _gaussians(laws: dict[str, RandomEffect]) -> dict[str, GaussianRandomEffect]:
-    """The Gaussian that each law is started from, with what they have in common."""
-    shared = ("omega", "omega_prior")
-    return {
-        name: GaussianRandomEffect(
-            law.names,
-            full=getattr(law, "full", False),
-            **(
-                {"omega": 0.5 * law.spread}
-                if isinstance(law, MixtureRandomEffect)
-                else {k: getattr(law, k) for k in shared if hasattr(law, k)}
-            ),
-        )
-        for name, law in laws.items()
-    }
-
-
-def _start(key, joint: Joint, laws, first: _Course, init, chosen=slice(None)):
-    """Values and weights to start `joint` from, given the Gaussian fit to the chosen subjects."""
-    values = {k: np.asarray(v) for k, v in first.joint.constrain(first.theta).items()}
-    values = {k: v for k, v in values.items() if k in joint.roles.population}
-    weights = start_weights(joint)
-    keys = jax.random.split(key, len(laws) + 1)
-    noise = jax.random.normal(keys[0], (8, *first.conditional.mean.shape))
-    draws = first.conditional.mean + jnp.einsum("sde,kse->ksd", first.conditional.scale_tril, noise)
-    draws = draws[:, chosen]
-    gaussian = first.joint.constrain(first.theta)
-    for k, (name, law) in zip(keys[1:], laws.items(), strict=True):
-        eta = np.asarray(first.joint.split(draws.reshape(-1, draws.shape[-1]))[name])
-        parameters = {
-            parameter.removeprefix(f"{name}_"): value
-            for parameter, value in gaussian.items()
-            if first.joint.roles.population[parameter].effect == name
-        }
-        covariance = first.joint.roles.laws[name].with_parameters(**parameters).covariance_matrix
-        for parameter, value in law.start(k, np.asarray(covariance), eta, draws.shape[1]).items():
-            target = weights if parameter == "weights" else values
-            target[f"{name}_{parameter}"] = value
-    # Where the Gaussian fit ended is a better start than where it began; but what was asked of
-    # parameters that it does not have is done.
-    asked = {k: v for k, v in init.items() if k not in first.joint.roles.population}
-    return {**values, **asked}, weights
-
-
-class _Plan(NamedTuple):
-    """Which flows are learned side by side, and how held-out subjects choose among them."""
-
-    folds: np.ndarray  # the fold that leaves out each subject, [subject]
-    fold_count: int  # folds; 0 for none
-    masks: np.ndarray  # [state, subject]
-    dependence: np.ndarray  # penalty of each state, [state]
-    everyone: np.ndarray  # the state of each penalty that sees all subjects, [penalty]
-
-    @classmethod
-    def of(cls, key, learn: Learn, size: int, count: int) -> _Plan:
-        laws = [law for law in learn.joint.roles.laws.values() if getattr(law, "network", False)]
-        depends = any(law.flow.groups(len(law.names))[1].any() for law in laws)
-        penalties = _DEPENDENCE if depends and count else _DEPENDENCE[:1]
-        count = min(count, size)
-        folds = np.asarray(jax.random.permutation(key, np.arange(size) % max(count, 1)))
-        masks = np.concatenate([folds != np.arange(count)[:, None], np.ones((1, size), bool)])
-        return cls(
-            folds,
-            count,
-            np.tile(masks, (len(penalties), 1)).astype(float),
-            np.repeat(penalties, count + 1),
-            (count + 1) * np.arange(1, len(penalties) + 1) - 1,
-        )
-
-    def gaussian(self, start: LearnState, log_likelihood: np.ndarray) -> Block:
-        """The first of the path: the Gaussian fit."""
-        shape = (1, len(self.everyone))
-        theta, weights = jax.tree.map(
-            lambda x: np.broadcast_to(x, (*shape, *x.shape)), (start.theta, start.weights)
-        )
-        each: Any = np.broadcast_to(log_likelihood, (1, *self.masks.shape))
-        return Block(each, theta, weights)
-
-    @property
-    def title(self) -> str:
-        if not self.fold_count:
-            return "Flow"
-        return f"Flow, {self.fold_count} folds, {len(self.everyone)} penalties"
-
-    def held_out(self, path: Block) -> np.ndarray:
-        """log p(y_i) by the fold that does not see i, over that of the Gaussian,
-        `[update, penalty, subject]`."""
-        shape = (len(path.theta), -1, self.fold_count + 1, len(self.folds))
-        values = np.asarray(path.log_likelihood).reshape(shape)
-        found = np.take_along_axis(values, self.folds[None, None, None], axis=2)[:, :, 0]
-        gain = found - found[:1]
-        return np.where(np.isfinite(gain), gain, 0.0)  # such subjects are named at the end
-
-    def report(self, path: Block) -> str:
-        if not self.fold_count:
-            return f"-2LL {-2 * path.log_likelihood[-1, -1].sum():.1f}"
-        gain = self._smooth(path)
-        return f"held-out -2LL {-2 * gain.max():+.1f} against the Gaussian"
-
-    def past_the_best(self, path: Block) -> bool:
-        """Whether no penalty has improved its held-out likelihood for a while."""
-        if not self.fold_count:
-            return False
-        gain = self._smooth(path)
-        return bool(np.all(np.argmax(gain, axis=0) < len(gain) - _PATIENCE))
-
-    def choose(self, path: Block) -> tuple[int, int, np.ndarray | None]:
-        """The update and penalty with the best held-out likelihood, and its curve; no update at
-        all, the Gaussian, unless it is better by more than a standard error of the difference."""
-        if not self.fold_count:
-            return len(path.theta) - 1, 0, None
-        smooth, gain = self._smooth(path), self.held_out(path)
-        update, penalty = map(int, np.unravel_index(np.argmax(smooth), smooth.shape))
-        error = np.sqrt(gain.shape[2]) * gain[update, penalty].std(ddof=1)
-        if smooth[update, penalty] <= error:
-            update = 0
-        return update, penalty, gain[:, penalty].sum(1)
-
-    def _smooth(self, path: Block) -> np.ndarray:
-        """Total gain `[update, penalty]`, a running mean of five: each update draws fresh nodes,
-        so the curve is noisy."""
-        total = np.pad(self.held_out(path).sum(2), ((2, 2), (0, 0)), mode="edge")
-        return np.mean([total[k : len(total) - 4 + k] for k in range(5)], axis=0)
-
-
-def _failed(log_likelihood: np.ndarray, joint: Joint, course: _Course, study: Study) -> list[str]:
-    """One message for the subjects whose likelihood is not finite."""
-    bad = np.flatnonzero(~np.isfinite(log_likelihood))
-    if not bad.size:
-        return []
-    psi = joint.individual(course.theta, course.weights, course.conditional.mean, study)
-    where = "; ".join(
-        f"{name} = "
-        + ", ".join(
-            f"{p} {v:.3g}" for p, v in zip(joint.roles.individual[name], x[bad[0]], strict=True)
-        )
-        for name, x in psi.items()
-    )
-    names = ", ".join(str(study.subjects.ids[i]) for i in bad[:5])
-    return [
-        f"the model is not finite for {bad.size} subject(s): {names}"
-        f"{', ...' if bad.size > 5 else ''} (the first at {where}). If it is an ODE, its solver "
-        "failed: raise max_steps, loosen rtol, use a stiff solver, or start from other values."
-    ]

@@ -1,0 +1,141 @@
+"""The climb to the maximum of the likelihood: Newton steps, how many, from where, on whom.
+
+A small study is climbed from several starts. A large one is climbed on some of its subjects first,
+spread over it: a chunk of them, then sixteen times as many, ... and from there on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from flowme.infer.checkpoint import Checkpoint
+from flowme.infer.conditional import Conditional
+from flowme.infer.evaluate import Evaluation
+from flowme.infer.joint import Weights
+from flowme.infer.marginal import spread
+from flowme.infer.newton import Newton, NewtonState
+from flowme.study import Study
+
+
+class Ascent(NamedTuple):
+    """Newton steps from one place: where they have led."""
+
+    state: NewtonState
+    history: np.ndarray  # the objective after each evaluation
+    steps: int
+    looked_again: bool  # whether modes were looked for anew
+    ended: bool = False
+    converged: bool = False
+    interrupted: bool = False
+    why: str = ""
+
+
+_ANY: Any = 0
+# Of the structure of one, for reading it back.
+_LIKE = Ascent(NewtonState(_ANY, Evaluation(Conditional(0, 0), *[0] * 6), *[_ANY] * 6), *[_ANY] * 7)
+
+
+class Climb(NamedTuple):
+    """How a likelihood is climbed.
+
+    Attributes:
+        newton: the iteration.
+        key: random key of its importance nodes.
+        weights: of the flows, which stay as they are.
+        tolerance: a full step is to promise less than this in the end.
+        most: steps of one ascent.
+        kept: where states are kept, and what their names begin with.
+        bar: what shows the progress.
+    """
+
+    newton: Newton
+    key: jax.Array
+    weights: Weights
+    tolerance: float
+    most: int
+    kept: tuple[Checkpoint, str]
+    bar: tqdm
+
+    def run(self, theta: np.ndarray, study: Study, starts: int | None) -> Iterator[Ascent]:
+        """The ascents on all subjects, one for each start; an interrupted one is the last."""
+        count = self.newton.chunk
+        while study.subjects.size >= 2 * count:
+            some = study.subset(spread(study.subjects.size, count))
+            ascent = self.ascend(f"subjects-{count}", theta, some)
+            theta, count = ascent.state.theta, 16 * count
+            if ascent.interrupted:
+                yield self._begin(theta, study)._replace(interrupted=True, why=ascent.why)
+                return
+        for number, start in enumerate(self._starts(np.asarray(theta), study, starts)):
+            ascent = self.ascend(f"start-{number}", start, study)
+            yield ascent
+            if ascent.interrupted:
+                return
+
+    def ascend(self, stage: str, theta: np.ndarray, study: Study) -> Ascent:
+        """Newton steps from θ until a full one is expected to add less than the tolerance."""
+        kept, prefix = self.kept
+        ascent = kept.read(f"{prefix}-{stage}", _LIKE) or self._begin(theta, study)
+        try:
+            while not ascent.ended:
+                ascent = self._step(ascent, study)
+                kept.write(f"{prefix}-{stage}", ascent)
+                self.bar.update()
+                state = ascent.state
+                text = f"-2LL {-2 * ascent.history[-1]:.3f}, gain {state.gain:.1e}"
+                self.bar.set_postfix_str(text)
+        except KeyboardInterrupt:
+            kept.stop()
+            why = f"stopped by the user after {len(ascent.history) - 1} iterations"
+            return ascent._replace(converged=False, interrupted=True, why=why)
+        return ascent
+
+    def _starts(self, theta: np.ndarray, study: Study, count: int | None) -> list[np.ndarray]:
+        """The start, and others a factor of 2 or so away from it."""
+        small = study.subjects.size <= self.newton.chunk and self.newton.engine.points == 0
+        count = count if count is not None else (3 if small else 1)
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(self.key)))
+        return [theta, *(theta + 0.7 * rng.normal(size=(count - 1, theta.size)))]
+
+    def _large(self, study: Study) -> bool:
+        """Whether an evaluation of all subjects is dear, and where some led was near the end."""
+        return study.subjects.size > 4 * self.newton.chunk
+
+    def _begin(self, theta: np.ndarray, study: Study) -> Ascent:
+        state = self.newton.start(self.key, theta, self.weights, study)
+        begun = Ascent(state, np.array([state.objective]), 0, self._large(study))
+        return begun if self.most > 0 else self._judged(begun, False)
+
+    def _step(self, ascent: Ascent, study: Study) -> Ascent:
+        """One Newton step; of a small study that has converged the last one."""
+        state, history = ascent.state, ascent.history
+        done = bool(state.near and state.gain < self.tolerance)
+        if done and self._large(study):
+            return ascent._replace(ended=True, converged=True)
+        state = self.newton.step(self.key, state, self.weights, study)  # squares what was left
+        history = np.append(history, state.objective)
+        if look_again := done and not ascent.looked_again:
+            # Modes were followed from where θ began: some may have been left behind.
+            state = self.newton.again(self.key, state, self.weights, study)
+            history = np.append(history, state.objective)
+            done = bool(state.gain < self.tolerance)
+        looked = ascent.looked_again or look_again
+        return self._judged(Ascent(state, history, ascent.steps + 1, looked), done)
+
+    def _judged(self, ascent: Ascent, done: bool) -> Ascent:
+        """The ascent, ended if there is a reason."""
+        why = ""
+        if done:
+            return ascent._replace(ended=True, converged=True)
+        if ascent.state.radius < 1e-9:
+            why = "stopped: no step raises the likelihood any more"
+        elif not np.isfinite(ascent.history[-1]) and len(ascent.history) > 5:
+            why = "stopped: the marginal likelihood is not finite"
+        elif ascent.steps >= self.most:
+            why = f"not converged after {self.most} iterations: raise max_iterations"
+        return ascent._replace(ended=bool(why), why=why)

@@ -1,0 +1,53 @@
+"""Devices and processes change nothing but the time.
+
+In subprocesses: JAX is told of its devices before it starts.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from parallel_fit import found
+
+HERE = Path(__file__).parent
+
+
+def start(*arguments, devices):
+    """`parallel_fit.py`, reading what these tests have compiled."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, str(HERE / "parallel_fit.py"), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_devices_and_processes_share_out_the_chunks():
+    """Two processes, which talk by JAX's distributed service and gloo, of two devices each: both
+    have the result of one process with one device, each from half of the chunks, of which every
+    device had one at a time."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [start(port, 2, number, devices=2) for number in range(2)]
+    results = [process.communicate(timeout=600) for process in processes]
+    alone = found()
+    assert not alone["shardings"]
+    for process, (output, errors) in zip(processes, results, strict=True):
+        assert process.returncode == 0, errors
+        one = json.loads(output.splitlines()[-1])
+        for name in ("-2LL", "theta", "information", "modes", "sampled"):
+            np.testing.assert_allclose(one[name], alone[name], rtol=1e-9, atol=1e-9)
+        assert one["chunks"] <= 0.7 * alone["chunks"]
+        # Arrays [chunk, ...] of two chunks on two devices, one chunk on each.
+        assert one["shardings"] == [["P('subject',)", 2, 2, 1]]
