@@ -17,9 +17,9 @@ _COMPILING = (
 _spent = [0.0]  # seconds this process has compiled
 
 
-def _listen(event: str, seconds: float, **_: Any) -> None:
+def _listen(event: str, duration_secs: float, **_: Any) -> None:
     if event in _COMPILING:
-        _spent[0] += seconds
+        _spent[0] += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
