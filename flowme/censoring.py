@@ -74,10 +74,13 @@ class Censored(dist.Distribution):
         known = log_tail(self.base_dist, value, ~below)
         if self.limit is not None:
             limit = jax.lax.stop_gradient(self.limit)  # data: no curvature is asked of it
+            # NumPyro puts another value into cells that are masked: on any side of the limit.
             closed = self.base_dist.support(limit)
+            closed &= jnp.where(below, limit < value, limit > value)
             limit = jnp.where(closed, limit, value)
             low, high = jnp.where(below, limit, value), jnp.where(below, value, limit)
-            between = _log_interval(_replaced(self.base_dist, ~closed, value), low, high)
+            law = _replaced(self.base_dist, ~closed, value)
+            between = _log_interval(law, low, high, closed)
             known = jnp.where(closed, between, known)
         density = _replaced(self.base_dist, ~measured, value).log_prob(value)
         return jnp.where(measured, density, known)
@@ -148,12 +151,16 @@ def tail_of_hazard(total: ArrayLike, upper: ArrayLike) -> jax.Array:
     return jnp.where(upper, -total, _log1mexp(jnp.maximum(total, tiny)))
 
 
-def _log_interval(law: dist.Distribution, low: ArrayLike, high: ArrayLike) -> jax.Array:
-    """log P(low < y < high), as the difference of two tails on the side where they are short."""
+def _log_interval(
+    law: dist.Distribution, low: ArrayLike, high: ArrayLike, closed: jax.Array
+) -> jax.Array:
+    """log P(low < y < high), as the difference of two tails on the side where they are short; any
+    finite number, with finite derivatives, where `closed` is False."""
     upper = jax.lax.stop_gradient(log_tail(law, low, False)) > math.log(0.5)
     long = log_tail(law, jnp.where(upper, low, high), upper)
     short = log_tail(law, jnp.where(upper, high, low), upper)
-    return long + _log1mexp(jnp.maximum(long - short, jnp.finfo(long.dtype).tiny))
+    ratio = jnp.where(closed, long - short, 1.0)
+    return long + _log1mexp(jnp.maximum(ratio, jnp.finfo(long.dtype).tiny))
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:

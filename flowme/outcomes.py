@@ -14,10 +14,6 @@ A time to an event is an outcome like any other: its value is the time, in a row
 the columns CENS and LIMIT (`Study.from_frame`) a subject in whom nothing has happened until t
 has the value t and CENS -1; where it happened between two visits s < t, the value is t, CENS 1
 and LIMIT s.
-
-Likelihoods are tested against SciPy. `VariationalEM` does not converge on every study of few
-counts or events per subject yet: the Gauss-Newton curvature in the law's own parameters can be far
-from that in η there. It says so; `fm.nuts` does not depend on it to be right.
 """
 
 from __future__ import annotations

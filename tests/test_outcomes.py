@@ -119,6 +119,34 @@ def test_the_likelihood_of_every_outcome_is_scipys():
     np.testing.assert_allclose(slope[:, 0], aside, rtol=1e-5, atol=1e-5)
 
 
+def some(study):
+    """Counts, categories and two times to an event, of which many are 0 or censored."""
+    rate = fm.population("rate", dist.LogNormal(0.0, 1.0))
+    shape = fm.population("shape", dist.LogNormal(0.0, 0.5))
+    eta = fm.random_effect("eta", fm.GaussianRandomEffect(["level"]), study.subjects)
+    x = eta.level[:, None] + 0.2 * study.time
+    scale = 5.0 * jnp.exp(-x)
+    fm.observe("poisson", dist.Poisson(rate * jnp.exp(x)), study)
+    fm.observe("ordered", dist.OrderedLogistic(x, CUTS), study)
+    fm.observe("death", dist.Weibull(scale, shape), study)
+    fm.observe("relapse", fm.outcomes.time_to_event(weibull, scale, shape), study)
+
+
+def test_counts_categories_and_events_are_fitted():
+    """-2LL at the estimate is that of SciPy's densities integrated on a fine grid."""
+    table = table_of(30)
+    fit = fm.VariationalEM(some).run(jax.random.key(0), fm.Study.from_frame(table), progress=False)
+    assert fit.converged and not fit.messages
+    rate, shape, omega = (float(np.squeeze(fit.params[n])) for n in ("rate", "shape", "eta_omega"))
+    eta = np.linspace(-8 * omega, 8 * omega, 1601)
+    log_p = np.tile(stats.norm(0, omega).logpdf(eta), (30, 1))
+    for row in table.itertuples():
+        if row.DVID in ("poisson", "ordered", "death", "relapse"):
+            log_p[row.ID] += conditional(row, eta + 0.2 * row.TIME, rate, 2.0, 0.3, shape)
+    expected = -2 * np.sum(np.logaddexp.reduce(log_p, axis=1) + np.log(eta[1] - eta[0]))
+    assert abs(fit.minus_two_ll - expected) < 1e-3
+
+
 HAZARDS = {
     "weibull": (dist.Weibull(2.0, 1.5), weibull, (2.0, 1.5)),
     "exponential": (dist.Exponential(0.4), lambda t, k: k * t, (0.4,)),

@@ -57,7 +57,8 @@ def locate(
 ) -> Conditional:
     """Modes and curvatures by damped Gauss-Newton steps (Levenberg-Marquardt).
 
-    With x(η) the parameters of the outcomes' laws, the curvature is
+    With x(η) the parameters of the outcomes' laws, the logarithms of those that are positive (a
+    count of 0 says nothing of the curvature in its rate, but in its log rate), the curvature is
 
         Ω⁻¹ - (∂x/∂η)ᵀ [∂² log p(y_i | x) / ∂x²] (∂x/∂η):
 
@@ -130,22 +131,24 @@ def find(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> Cond
 def _expand(predicted: Callable, eta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """log p(y_i | η) `[subject]`, its gradient and its Gauss-Newton curvature."""
     subjects, size = eta.shape
-    functions = []
+    found = []
 
     def parameters(e):
-        x, log_prob = predicted(e)
-        functions.append(log_prob)
+        x, *rest = predicted(e)
+        found.append(rest)
         return x
 
     basis = jnp.broadcast_to(jnp.eye(size)[:, None], (size, subjects, size))
     push = jax.vmap(lambda v: jax.jvp(parameters, (eta,), (v,)), out_axes=(None, 0))
     x, slopes = push(basis)
-    log_prob = functions[-1]
+    log_prob, positive = found[-1]
     gradient = jax.grad(lambda x: jnp.sum(log_prob(x)))
     pull, bent = jax.vmap(lambda v: jax.jvp(gradient, (x,), (v,)), out_axes=(None, 0))(slopes)
     slope, curvature = jnp.zeros(eta.shape), jnp.zeros((subjects, size, size))
-    for g, b, v in zip(pull, bent, slopes, strict=True):
+    for u, g, b, v, logarithm in zip(x, pull, bent, slopes, positive, strict=True):
         if v.ndim > 1 and v.shape[1] == subjects:  # others do not depend on η
+            if logarithm:  # ∂²/∂(log u)² = u² ∂²/∂u² + u ∂/∂u
+                b = b + jnp.where(u > 0, g / u, 0.0) * v
             v, b = v.reshape(size, subjects, -1), b.reshape(size, subjects, -1)
             slope += jnp.einsum("sx,dsx->sd", g.reshape(subjects, -1), v)
             curvature -= jnp.einsum("dsx,esx->sde", b, v)

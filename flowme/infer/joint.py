@@ -16,7 +16,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from numpyro.distributions import biject_to
+import numpyro.distributions as dist
+from numpyro.distributions import biject_to, constraints
 from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
@@ -137,7 +138,7 @@ class Joint:
         self, values: dict[str, jax.Array], weights: Weights, eta: jax.Array, study: Study
     ) -> jax.Array:
         """log p(y_i | η_i; θ), `[subject]`."""
-        x, log_prob = self.predicted(values, weights, eta, study)
+        x, log_prob, _ = self.predicted(values, weights, eta, study)
         # Kept apart, else XLA writes the structural model into every loop that reads x.
         return log_prob(jax.lax.optimization_barrier(x))
 
@@ -151,9 +152,9 @@ class Joint:
 
     def predicted(
         self, values: dict[str, jax.Array], weights: Weights, eta: jax.Array, study: Study
-    ) -> tuple[list[jax.Array], Callable[[list[jax.Array]], jax.Array]]:
-        """The parameters x of the outcomes' laws (predictions, error sizes) and the function
-        x -> log p(y_i | x) `[subject]`."""
+    ) -> tuple[list[jax.Array], Callable[[list[jax.Array]], jax.Array], list[bool]]:
+        """The parameters x of the outcomes' laws (predictions, error sizes), the function
+        x -> log p(y_i | x) `[subject]`, and which of x are positive by what they are."""
         sites = self.sites(values, weights, eta, study)
         outcomes = [sites[name] for name in self.roles.outcomes]
         leaves, tree = jax.tree.flatten([site["fn"] for site in outcomes])
@@ -168,7 +169,9 @@ class Joint:
             terms = ({**site, "fn": law} for site, law in zip(outcomes, laws, strict=True))
             return sum(map(_log_prob, terms), zero)
 
-        return [jnp.asarray(x) for x, m in zip(leaves, moving, strict=True) if m], log_prob
+        positive = [flag for site in outcomes for flag in _positive(site["fn"])]
+        kept = [(jnp.asarray(x), p) for x, m, p in zip(leaves, moving, positive, strict=True) if m]
+        return [x for x, _ in kept], log_prob, [p for _, p in kept]
 
     def log_prior(self, theta: jax.Array, study: Study) -> jax.Array:
         """log p(θ) on the parameters' own scale, no Jacobian: the penalty of MAP estimation."""
@@ -252,6 +255,20 @@ class _Until(Messenger):
             self.sites[msg["name"]] = msg.copy()
             if len(self.sites) == len(self.names):
                 raise _Known
+
+
+def _positive(law: dist.Distribution) -> list[bool]:
+    """Of each leaf of a law, whether it is a parameter that must be positive."""
+    found: list[bool] = []
+    names = type(law).gather_pytree_data_fields()
+    for name, child in zip(names, law.tree_flatten()[0], strict=True):
+        if isinstance(child, dist.Distribution):
+            found += _positive(child)
+        else:
+            support = law.arg_constraints.get(name)
+            known = support in (constraints.positive, constraints.nonnegative)
+            found += [known] * len(jax.tree.leaves(child))
+    return found
 
 
 def _log_prob(site: dict) -> jax.Array:
