@@ -13,13 +13,10 @@ from flowme.effects import (
 )
 
 FLOWS = {
-    "spline coupling, 2d": (flows.SplineCoupling(), 2),
     "spline coupling, 3d": (flows.SplineCoupling(layers=3, width=5, bins=6), 3),
-    "deep conditioner, 5d": (flows.SplineCoupling(layers=2, depth=2), 5),
-    "splines alone, 2d": (flows.SplineCoupling(components=0), 2),
+    "deep splines alone, 5d": (flows.SplineCoupling(layers=2, depth=2, components=0), 5),
     "marginal mixture, 1d": (flows.MarginalMixture(), 1),
     "marginal mixture, 3d": (flows.MarginalMixture(components=4), 3),
-    "monotone spline, 1d": (flows.MonotoneSpline(), 1),
     "monotone spline, 3d": (flows.MonotoneSpline(bins=5), 3),
 }
 
@@ -60,9 +57,8 @@ EFFECTS = {
     ),
     "flow at its start": FlowRandomEffect(["ka", "V", "CL"]),
     "flow": _flow(["ka", "V", "CL"]),
-    "flow, two": _flow(["phi", "psi"]),
     "flow, one": _flow(["phi"]),
-    "flow, free": _flow(["phi", "psi"], centred=False),
+    "flow, free": _flow(["phi", "psi"], flows.SplineCoupling(components=0), centred=False),
 }
 
 

@@ -15,6 +15,14 @@ numpyro.enable_validation(True)
 matplotlib.use("Agg")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A compiled program keeps memory mappings, of which Linux gives a process 65 530: beyond,
+    XLA crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of development data beside the checkout, where there is one."""

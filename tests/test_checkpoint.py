@@ -98,7 +98,7 @@ def test_broken_off_anywhere_the_result_is_the_same(study, kept, tmp_path, monke
 def test_a_flow_is_learned_on(study, tmp_path, monkeypatch):
     """Ctrl-C in the second block of updates."""
     effect = fm.FlowRandomEffect(["level"])
-    monkeypatch.setattr(fm.VariationalEM, "_finish", lambda self, key, course, study: course)
+    monkeypatch.setattr(fm.VariationalEM, "_finish", lambda self, key, course, study, clock: course)
     options = {"model": one_level(effect=effect), "flow_updates": 10, "folds": 0, "starts": 1}
     whole = estimate(study, **options)
     with monkeypatch.context() as patch:

@@ -132,7 +132,7 @@ def test_flow_starts_exactly_at_the_gaussian():
     np.testing.assert_allclose(log_prob(flow, eta), gaussian.log_prob(eta), atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["flow", "flow, two", "flow, one"])
+@pytest.mark.parametrize("name", ["flow", "flow, one"])
 def test_centred_flow_has_mean_zero_and_sd_omega(name):
     """To the error of its 512 fixed points, whatever its weights."""
     eta = draws(EFFECTS[name], 100_000)
@@ -170,7 +170,7 @@ def test_against_scipy(name):
 def test_parameters_have_priors_that_fit(effect):
     """What a prior draws can be put into the distribution."""
     for name, prior in effect.priors().items():
-        value = prior.sample(jax.random.key(0))
+        value = jax.jit(prior.sample)(jax.random.key(0))
         assert value.shape == np.shape(getattr(effect, name))
         new = effect.with_parameters(**{name: value})
         assert np.isfinite(log_prob(new, sample(new, jax.random.key(1), 2))).all()
@@ -226,7 +226,7 @@ def test_bad_input(bad, error, words):
 def test_numpyro_samples_it_in_a_plate():
     def model():
         with numpyro.plate("subject", 3):
-            return numpyro.sample("eta", EFFECTS["flow, two"])
+            return numpyro.sample("eta", EFFECTS["flow, one"])
 
     sites = numpyro.handlers.trace(numpyro.handlers.seed(model, 0)).get_trace()
-    assert sites["eta"]["value"].shape == (3, 2)
+    assert sites["eta"]["value"].shape == (3, 1)
