@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -161,13 +162,8 @@ def _effects(point: Estimate) -> pd.DataFrame:
     """Moments of the law at the estimate: skewness and kurtosis from 50 000 draws."""
     joint, study = point.joint, point.study
     each = -(-50_000 // study.subjects.size)
-
-    @jax.jit
-    def law(key):
-        at = (point.theta, point.weights, study)
-        return joint.sample_effects(key, *at, each), joint.effect_moments(key, *at)
-
-    draws, (mean, covariance) = jax.tree.map(np.asarray, law(jax.random.key(0)))
+    found = _law(joint, each, jax.random.key(0), point.theta, point.weights, study)
+    draws, (mean, covariance) = jax.tree.map(np.asarray, found)
     draws = draws.reshape(-1, joint.effect_size)
     z = (draws - draws.mean(0)) / draws.std(0)
     variance = np.diag(covariance)
@@ -180,6 +176,13 @@ def _effects(point: Estimate) -> pd.DataFrame:
         "shrinkage (%)": 100 * (1 - known / variance),
     }
     return pd.DataFrame(columns, index=pd.Index(joint.roles.effect_names, name="effect"))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _law(joint: Joint, each: int, key, theta, weights, study: Study) -> Any:
+    """Draws `[draw, subject, effect]` and moments of the law of the random effects."""
+    at = (theta, weights, study)
+    return joint.sample_effects(key, *at, each), joint.effect_moments(key, *at)
 
 
 # What stands below the tables.
