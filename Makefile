@@ -9,7 +9,7 @@ demo: $(VENV)/ready
 	$(PY) examples/demo.py demo_output
 
 test: $(VENV)/ready lint
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .

@@ -15,6 +15,12 @@ numpyro.enable_validation(True)
 matplotlib.use("Agg")
 
 
+def pytest_collection_modifyitems(items):
+    """Files whose few tests take minutes first: no worker then waits for them at the end."""
+    long = ("test_examples.py", "test_readme.py", "test_parallel.py")
+    items.sort(key=lambda item: item.path.name not in long)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """A compiled program keeps memory mappings, of which Linux gives a process 65 530: beyond,
