@@ -11,7 +11,6 @@ LAYERS = {
         "quantile",
         "flows",
         "effects",
-        "occasions",
         "kernel_mixture",
         "semi_nonparametric",
         "residual",
