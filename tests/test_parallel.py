@@ -15,17 +15,16 @@ import numpy as np
 from parallel_fit import found
 
 HERE = Path(__file__).parent
+HURRY = os.environ["XLA_FLAGS"]  # see conftest.py
 
 
 def start(*arguments, devices):
-    """`parallel_fit.py`, reading what these tests have compiled."""
+    """`parallel_fit.py`, on as many devices."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{HURRY} --xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, str(HERE / "parallel_fit.py"), *map(str, arguments)]
     pipe = subprocess.PIPE
