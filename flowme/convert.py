@@ -14,7 +14,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import MCMC
 
 from flowme.effects import MixtureRandomEffect
-from flowme.infer.conditional import Conditional, importance, log_mean, population_law
+from flowme.infer.conditional import Conditional, importance, log_mean, population_law, resample
 from flowme.infer.evaluate import shifted
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
@@ -178,10 +178,9 @@ def _fit_draws(key: jax.Array, fit: Fit, draws: int) -> _Drawn:
         theta = theta + noise @ jnp.linalg.cholesky(covariance).T
         text = "population parameters: asymptotic normal distribution of the estimate"
     nodes, log_share = conditional_nodes(key_nodes, fit, _POINTS)
-    chosen = jax.random.categorical(key_choice, log_share, axis=0, shape=(draws, nodes.shape[1]))
-    eta = jnp.take_along_axis(nodes, chosen[..., None], axis=0)
-    eta = jnp.where(jnp.isfinite(log_share).any(0)[:, None], eta, jnp.nan)
-    psi = _individual(fit.joint, fit.theta, fit.weights, eta, fit.study)
+    eta, psi = _resampled(
+        fit.joint, draws, key_choice, nodes, log_share, fit.theta, fit.weights, fit.study
+    )
     found = find(fit.joint, fit.theta, fit.weights, fit.study)
     about = {
         "inference_library": "flowme",
@@ -223,9 +222,13 @@ def _chains(mcmc: MCMC) -> _Drawn:
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames="joint")
-def _individual(joint: Joint, theta, weights, eta, study):
-    return jax.vmap(lambda e: joint.individual(theta, weights, e, study))(eta)
+@partial(jax.jit, static_argnums=(0, 1))
+def _resampled(joint: Joint, draws: int, key, nodes, log_share, theta, weights, study):
+    """Draws of weighted nodes, η `[draw, subject, effect]` and ψ by site; NaN for a subject none
+    of whose nodes has a share."""
+    eta = resample(key, nodes, log_share, draws)
+    eta = jnp.where(jnp.isfinite(log_share).any(0)[:, None], eta, jnp.nan)
+    return eta, jax.vmap(lambda e: joint.individual(theta, weights, e, study))(eta)
 
 
 def _posterior(drawn: _Drawn) -> dict[str, tuple]:

@@ -333,7 +333,8 @@ class FlowRandomEffect(_Scaled):
         u = T_w(z),  η = L R⁻¹ (u - c),  c = E u,  R Rᵀ = Cov u,  L = diag(ω) · Cholesky(R_η).
 
     Centred (the default): c and R are the moments of u, taken at fixed quasi-random points, so
-    that E η = 0 and Cov η = L Lᵀ up to the error of that quadrature (about 1e-2 of an ω). The
+    that E η = 0 and Cov η = L Lᵀ up to the error of that quadrature (about 1e-2 of an ω; exactly
+    for a `flows.MarginalMixture`, which is standardised by construction). The
     population parameters are then the means of their (transformed) individual parameters and ω,
     R_η mean what they mean for a Gaussian: without it a shift or a stretch of the flow could not
     be told from a change of them. With `centred=False`, c = 0 and R = I: the flow is free, and
@@ -389,7 +390,7 @@ class FlowRandomEffect(_Scaled):
     def _moments(self):
         """c = E u and R with R Rᵀ = Cov u, over fixed points."""
         size = len(self.names)
-        if not self.centred:
+        if not self.centred or self.flow.standard:
             return jnp.zeros(size), jnp.eye(size)
         u = self.flow.bijector(self.weights, size).forward(_normal_points(size))
         c = u.mean(0)
@@ -422,16 +423,20 @@ class FlowRandomEffect(_Scaled):
 
     @property
     def mean(self):
-        return self._quadrature().mean(0)
+        return _quadrature(self)[0]
 
     @property
     def covariance_matrix(self):
-        eta = self._quadrature()
-        return (eta - eta.mean(0)).T @ (eta - eta.mean(0)) / eta.shape[0]
+        return _quadrature(self)[1]
 
-    def _quadrature(self):
-        # Other and more points than those that standardise: these know what is left over.
-        return self.from_base(_normal_points(len(self.names), log2_count=12, seed=1))
+
+@jax.jit
+def _quadrature(law: FlowRandomEffect) -> tuple[jax.Array, jax.Array]:
+    """Mean and covariance of a flow, over other and more points than those that standardise it:
+    these know what is left over."""
+    eta = law.from_base(_normal_points(len(law.names), log2_count=12, seed=1))
+    mean = eta.mean(0)
+    return mean, (eta - mean).T @ (eta - mean) / eta.shape[0]
 
 
 def _normal_points(size: int, log2_count: int = 8, seed: int = 0) -> np.ndarray:

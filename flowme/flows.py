@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import distrax
 import flax.linen as nn
@@ -31,8 +31,11 @@ class Flow(abc.ABC):
 
     To write another one, subclass it as a frozen dataclass and define `_layers(dim)`, the flax
     conditioner of each layer with an example of its input, and `_chain(conditioners, dim)`, the
-    distrax bijectors in the order in which z passes through them.
+    distrax bijectors in the order in which z passes through them. `standard` says that E u = 0 and
+    Cov u = I whatever the weights, so that nobody needs to compute them.
     """
+
+    standard: ClassVar[bool] = False
 
     @abc.abstractmethod
     def _layers(self, dim: int) -> list[tuple[nn.Module, jax.ShapeDtypeStruct]]: ...
@@ -261,6 +264,9 @@ class MarginalMixture(Flow):
     """
 
     components: int = 3
+    standard: ClassVar[bool] = (
+        True  # F is standardised (`flowme.quantile`), coordinates independent
+    )
 
     def __post_init__(self):
         _check_counts(self, "components")

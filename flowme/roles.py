@@ -86,7 +86,7 @@ def roles(model: Callable, study: Study) -> Roles:
                 found.effects[name] = _check_effect(name, site, about)
                 found.shapes[name] = tuple(site["value"].shape[1:])
         elif site["type"] == "sample" and not site["is_observed"]:
-            found.population[name] = _population(site, about, starts[name])
+            found.population[name] = _population(site, about, starts.get(name))
     if not found.effects:
         raise ValueError(
             "expected a model with random effects; got none. Write one as "
@@ -121,8 +121,8 @@ def _trace(model: Callable, study: Study) -> tuple[dict[str, dict], dict[str, An
 
 @partial(jax.jit, static_argnums=0)
 def _inspect(model: Callable, study: Study) -> tuple[dict, dict]:
-    """Medians of the population parameters, and which observations lie outside the support of
-    their law, `[subject, time]`."""
+    """Medians of the population parameters that have no starting value, and which observations lie
+    outside the support of their law, `[subject, time]`."""
     with validation_enabled(False):
         sites = trace(seed(model, jax.random.key(0))).get_trace(study)
     medians, wrong = {}, {}
@@ -130,7 +130,7 @@ def _inspect(model: Callable, study: Study) -> tuple[dict, dict]:
         if site["type"] != "sample":
             continue
         if not _per_subject(site):
-            if not site["is_observed"]:
+            if not site["is_observed"] and _about(site).get("init") is None:
                 medians[name] = _median(site["fn"])
         elif name in study.values and site["is_observed"]:
             values, mask = study.values[name], study.observed[name]
@@ -176,9 +176,8 @@ def _per_subject(site: dict) -> bool:
     return any(frame.name == "subject" for frame in site["cond_indep_stack"])
 
 
-def _population(site: dict, about: dict, median: np.ndarray) -> PopulationSite:
-    law = site["fn"]
-    init = about.get("init")
+def _population(site: dict, about: dict, median: np.ndarray | None) -> PopulationSite:
+    law, init = site["fn"], about.get("init")
     init = median if init is None else init
     return PopulationSite(
         tuple(law.shape()),

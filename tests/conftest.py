@@ -4,22 +4,24 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
-# Nearly all of the time is XLA's compiler, which takes half as long when told to hurry. Processes
-# that a test starts are told the same.
-HURRY = ["--xla_backend_optimization_level=0"]
-if version("jaxlib").startswith("0.10."):  # later ones know no such flag
-    HURRY.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*HURRY, os.environ.get("XLA_FLAGS", "")])
-# Many tests compile the same programs; what one has compiled the others read.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".jax_cache")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-
 import jax
 import matplotlib
 import numpyro
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+# Many tests compile the same programs; what one has compiled the others read.
+CACHE = str(Path(__file__).parents[1] / ".jax_cache")
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+# Nearly all of the time is XLA's compiler, which takes half as long when told to hurry.
+HURRY = ["--xla_backend_optimization_level=0"]
+if version("jaxlib").startswith("0.10."):  # later ones know no such flag
+    HURRY.append("--xla_cpu_use_fusion_emitters=false")
+# Processes that a test starts are told the same.
+os.environ["XLA_FLAGS"] = " ".join([*HURRY, os.environ.get("XLA_FLAGS", "")])
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 numpyro.enable_validation(True)
 matplotlib.use("Agg")
 

@@ -300,6 +300,27 @@ def without_impossible(nodes: Nodes, likelihood: jax.Array, conditional: Conditi
     return Nodes(eta, jnp.where(bad, -jnp.inf, nodes.log_weight))
 
 
+def resample(key: jax.Array, eta: jax.Array, log_share: jax.Array, count: int) -> jax.Array:
+    """Draws of weighted nodes, by inversion of their distribution function.
+
+    Args:
+        key: random key; is consumed.
+        eta: nodes, `[node, subject, effect]`.
+        log_share: logarithms of their weights, up to a constant; NaN counts as 0,
+            `[node, subject]`.
+        count: draws per subject.
+
+    Returns:
+        `[count, subject, effect]`; any node of a subject none of whose nodes has a share.
+    """
+    log_share = jnp.where(jnp.isnan(log_share), -jnp.inf, log_share)
+    shares = jnp.cumsum(jax.nn.softmax(log_share, axis=0), axis=0)
+    uniform = jax.random.uniform(key, (count, eta.shape[1])) * shares[-1]
+    place = partial(jnp.searchsorted, side="right")  # never a node without a share
+    chosen = jax.vmap(place, in_axes=1, out_axes=1)(shares, uniform)
+    return jnp.take_along_axis(eta, jnp.minimum(chosen, len(eta) - 1)[..., None], axis=0)
+
+
 def log_mean(likelihood: jax.Array, effect: jax.Array, log_weight: jax.Array) -> jax.Array:
     """log p(y_i; θ) `[subject]`; nodes at which the model is not finite count as impossible."""
     total = likelihood + effect + log_weight

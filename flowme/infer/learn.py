@@ -33,6 +33,7 @@ from flowme.infer.conditional import (
     everywhere,
     importance,
     log_mean,
+    resample,
     without_impossible,
 )
 from flowme.infer.joint import Joint, Weights
@@ -96,13 +97,7 @@ class Learn(NamedTuple):
         likelihood, effect = self._terms(state, nodes, study)
         log_likelihood = log_mean(likelihood, effect, nodes.log_weight)
         log_posterior = likelihood + effect + nodes.log_weight
-        chosen = jax.random.categorical(
-            key_draws,
-            jnp.where(jnp.isnan(log_posterior), -jnp.inf, log_posterior),
-            axis=0,
-            shape=(self.draws, mask.shape[0]),
-        )
-        eta = jnp.take_along_axis(nodes.eta, chosen[..., None], axis=0)
+        eta = resample(key_draws, nodes.eta, log_posterior, self.draws)
         mask = mask * jnp.isfinite(log_likelihood)
         parameters, optimizer = self._fit_density(state, eta, mask, dependence, study)
         theta, weights, shift = self._absorb(state, parameters)

@@ -41,7 +41,7 @@ def posterior_gaussian(joint: Joint, fit: Fit, study: Study) -> tuple[jax.Array,
     Returns:
         θ₀ `[parameter]` and S `[parameter, parameter]`.
     """
-    mean, variance = _prior_moments(joint, study)
+    mean, variance = map(np.asarray, _prior_moments(joint, study))
     prior = np.diag(1 / variance)
     information = 100 * prior
     if fit.information is not None and np.all(np.isfinite(fit.information)):
@@ -51,21 +51,21 @@ def posterior_gaussian(joint: Joint, fit: Fit, study: Study) -> tuple[jax.Array,
     return jnp.asarray(theta + scale @ scale.T @ prior @ (mean - theta)), jnp.asarray(scale)
 
 
-def _prior_moments(joint: Joint, study: Study) -> tuple[np.ndarray, np.ndarray]:
+@partial(jax.jit, static_argnames="joint")
+def _prior_moments(joint: Joint, study: Study) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of each element of θ under the prior, `[parameter]`, from 1000 draws."""
     sites = trace(seed(joint.model, jax.random.key(0))).get_trace(study)
-    moments = [np.zeros((2, 0))]
+    moments = [jnp.zeros((2, 0))]
     for name, site in joint.roles.population.items():
         to = biject_to(site.support)
         try:
-            draws = to.inv(sites[name]["fn"].sample(jax.random.key(0), (1000,)))
-            draws = np.asarray(draws).reshape(1000, -1)
-            moments.append(np.stack([draws.mean(0), draws.var(0)]))
+            draws = to.inv(sites[name]["fn"].sample(jax.random.key(0), (1000,))).reshape(1000, -1)
+            moments.append(jnp.stack([draws.mean(0), draws.var(0)]))
         except NotImplementedError:  # an improper prior
-            start = np.asarray(to.inv(site.init)).reshape(-1)
-            moments.append(np.stack([start, np.full(start.shape, 1e4)]))
-    mean, variance = np.concatenate(moments, 1)
-    return mean, np.maximum(variance, 1e-12)
+            start = to.inv(site.init).reshape(-1)
+            moments.append(jnp.stack([start, jnp.full(start.shape, 1e4)]))
+    mean, variance = jnp.concatenate(moments, 1)
+    return mean, jnp.maximum(variance, 1e-12)
 
 
 @partial(jax.jit, static_argnames="coordinates")
