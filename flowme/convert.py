@@ -118,11 +118,14 @@ class Names(NamedTuple):
         }
         dims: dict[str, tuple[str, ...]] = {}
         units, parameters = dict(study.units), []
-        for kind, sites in (("effect", roles.effects), ("parameter", roles.individual)):
-            for name, names in sites.items():
-                dim = _dim(kind, name, sites)
-                dims[name] = ("subject", dim)
-                coords[dim] = np.array(names)
+        for name in roles.effects:
+            dim, occasion = _dim("effect", name, roles.effects), _occasion(joint, name)
+            dims[name] = ("subject", *occasion, dim)
+            coords |= {dim: np.array(roles.components(name)), **occasion}
+        for name, names in roles.individual.items():
+            dim = _dim("parameter", name, roles.individual)
+            dims[name] = ("subject", *["time"] * (name in roles.changing), dim)
+            coords[dim] = np.array(names)
         for name, site in _reported_sites(joint).items():
             found = _parameter_dims(joint, name, site)
             name = _reported_name(name, site)
@@ -239,6 +242,8 @@ def _posterior(drawn: _Drawn) -> dict[str, tuple]:
 
     values = jax.jit(jax.vmap(jax.vmap(at)))(drawn.theta)
     values |= {**_by_site(joint, drawn.eta), **drawn.psi}
+    for name, present in joint.roles.present.items():  # no occasion, no random effect
+        values[name] = jnp.where(present[..., None], values[name], jnp.nan)
     names = Names.of(joint, drawn.study)
     # In the order of the model: jit sorts by name.
     order = [*names.parameters, *joint.roles.effects, *joint.roles.individual]
@@ -246,10 +251,12 @@ def _posterior(drawn: _Drawn) -> dict[str, tuple]:
 
 
 def _by_site(joint: Joint, eta: Any) -> dict[str, Any]:
-    """η `[..., effect]` by site."""
+    """η `[..., effect]` by site; between occasions `[..., occasion, effect]`."""
     ends = np.cumsum([len(names) for names in joint.roles.effects.values()])[:-1]
-    parts = jnp.split(jnp.asarray(eta), ends, axis=-1)
-    return dict(zip(joint.roles.effects, parts, strict=True))
+    found = dict(zip(joint.roles.effects, jnp.split(jnp.asarray(eta), ends, -1), strict=True))
+    for name, present in joint.roles.present.items():
+        found[name] = found[name].reshape(*found[name].shape[:-1], present.shape[1], -1)
+    return found
 
 
 def _log_likelihood(key: jax.Array, drawn: _Drawn) -> dict[str, tuple]:
@@ -321,6 +328,7 @@ def _predictions(result: Result) -> dict[str, tuple]:
 def _population(key: jax.Array, result: Result, joint: Joint) -> dict[str, tuple]:
     eta, psi = population_draws(key, result)
     values = {**_by_site(joint, eta), **psi}
+    values |= {name: values[name][:, 0] for name in joint.roles.present}  # all have the same law
     sites = {"effect": joint.roles.effects, "parameter": joint.roles.individual}
     return {
         name: ((_dim(kind, name, found),), values[name])
@@ -336,10 +344,18 @@ def _dim(kind: str, site: str, sites: dict[str, Any]) -> str:
     return kind if len(sites) == 1 else f"{site}_{kind}"
 
 
+def _occasion(joint: Joint, name: str) -> dict[str, np.ndarray]:
+    """The axis of occasions of a random effect, if it has one."""
+    present = joint.roles.present
+    if name not in present:
+        return {}
+    return {_dim("occasion", name, present): np.arange(1, present[name].shape[1] + 1)}
+
+
 def _parameter_dims(joint: Joint, name: str, site: PopulationSite) -> dict[str, Any]:
     """Dimensions of a population parameter, as reported, and their coordinates."""
     effects = joint.roles.effects
-    names = effects.get(site.effect, joint.roles.effect_names)
+    names = joint.roles.components(site.effect) or joint.roles.effect_names
     effect = _dim("effect", site.effect, effects) if site.effect else "effect"
     known: dict[str, Any] = {effect: names, f"{effect}_bis": names}
     if site.effect and _is_mixture(joint, site):

@@ -31,9 +31,9 @@ class System(NamedTuple):
 
 
 def system_of(
-    field: Callable[[Array, Array, Theta], Array], moving: Callable[[Theta, Any], Any]
+    field: Callable[[Any, Array, Array, Theta], Array], moving: Callable[[Theta, Any], Any]
 ) -> System:
-    """The system of dA/dt = field(t, A, theta), which starts at theta[0]."""
+    """The system of dA/dt = field(event, t, A, theta) after an event, which starts at theta[0]."""
 
     def start(theta: Theta) -> Array:
         return theta[0]
@@ -42,7 +42,7 @@ def system_of(
     def scaled(fixed: Any, moving: Any, tau: Any, y: Array, theta: Theta) -> Array:
         event = fixed | moving
         dt = event["dt"]
-        dy = field(event["time"] + tau * dt, y, theta) + event["inflow"]
+        dy = field(fixed, event["time"] + tau * dt, y, theta) + event["inflow"]
         # A field that is not finite does not matter in an empty interval; the length of an empty
         # interval may still have a derivative.
         held = jax.lax.stop_gradient(jnp.where(jnp.isfinite(dy), dy, 0))

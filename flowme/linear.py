@@ -42,7 +42,8 @@ def solve_linear(
     Args:
         matrix: `matrix(psi_i) -> K` of one subject, `[state, state]` (1/time), the leaves of
             `psi_i` being scalars; an array, or rows of scalars.
-        psi: individual parameters, a pytree (named tuple) of arrays `[subject]`.
+        psi: individual parameters, a pytree (named tuple) of arrays `[subject]`; or
+            `[subject, time]`, in force from each record to the next.
         study: the `Study`; doses into compartment c are added to state c - 1.
         initial: state at the first row of each subject, `[state]` or `[subject, state]`; zeros if
             None.
@@ -61,9 +62,13 @@ def solve_linear(
         SIAM Review 45 (2003); Higham, SIAM J. Matrix Anal. 26 (2005), for the one taken.
     """
     psi = jax.tree.map(jnp.asarray, psi)
-    check_psi(psi, study)
+    check_psi(psi, study, changing=True)
     dtype = jnp.result_type(float)
-    rates = jax.vmap(lambda psi_i: _as_matrix(matrix(psi_i), dtype))(psi)
+    changes = any(leaf.ndim == 2 for leaf in jax.tree.leaves(psi))
+    times = study.time.shape[1] if changes else 1
+    rows = [jnp.broadcast_to(x.reshape(len(x), -1), (len(x), times)) for x in jax.tree.leaves(psi)]
+    each = jax.tree.unflatten(jax.tree.structure(psi), rows)
+    rates = jax.vmap(jax.vmap(lambda now: _as_matrix(matrix(now), dtype)))(each)
     states, subjects = _square(rates), study.time.shape[0]
     check_compartments("solve_linear", study, states)
     initial = jnp.zeros(states, dtype) if initial is None else jnp.asarray(initial, dtype)
@@ -74,7 +79,8 @@ def solve_linear(
         )
     start = jnp.broadcast_to(initial, (subjects, states))
     dosing = check_dosing(lag, bioavailability, study, states)
-    timing, record = schedule(study, dosing, states, dtype)
+    which = jnp.broadcast_to(jnp.arange(study.time.shape[1]) if changes else 0, study.time.shape)
+    timing, record = schedule(study, dosing, states, dtype, which)
     amounts = jax.vmap(_trajectory)(rates, dosing, start, timing)
     return jnp.take_along_axis(amounts, record[:, :, None], axis=1)
 
@@ -88,6 +94,7 @@ def _trajectory(rates: Array, dosing: Dosing, start: Array, timing: Any) -> Arra
         """The solution of A = M A + b, of one interval of dosing."""
         given, dose = at
         events = cycle(dosing, given, dose, states)
+        events["which"] = jnp.broadcast_to(given.which[given.first[dose]], 4)
         whole = jnp.eye(states + 1, dtype=rates.dtype)
         for step, jump in zip(_propagators(rates, events)[:-1], events["jump"][1:], strict=True):
             whole = (step @ whole).at[:states, states].add(jump)
@@ -110,8 +117,8 @@ def _trajectory(rates: Array, dosing: Dosing, start: Array, timing: Any) -> Arra
 def _propagators(rates: Array, events: dict[str, Array]) -> Array:
     """From each event to the next, with the infusions in force: [event, state + 1, state + 1]."""
     inflow = events["inflow"]
-    padded = jnp.zeros((*inflow.shape[:1], *(n + 1 for n in rates.shape)), rates.dtype)
-    padded = padded.at[:, :-1, :-1].set(rates).at[:, :-1, -1].set(inflow)
+    padded = jnp.zeros((*inflow.shape[:1], *(n + 1 for n in rates.shape[1:])), rates.dtype)
+    padded = padded.at[:, :-1, :-1].set(rates[events["which"]]).at[:, :-1, -1].set(inflow)
     return jax.scipy.linalg.expm(events["dt"][:, None, None] * padded)
 
 
@@ -123,10 +130,10 @@ def _as_matrix(rates: Any, dtype: Any) -> Array:
 
 
 def _square(rates: Array) -> int:
-    """The number of states; `rates` are [subject, state, state]."""
-    if rates.ndim != 3 or rates.shape[1] != rates.shape[2]:
+    """The number of states; `rates` are [subject, time, state, state]."""
+    if rates.ndim != 4 or rates.shape[2] != rates.shape[3]:
         raise ValueError(
             "solve_linear: expected a matrix [state, state] of one subject; got shape "
-            f"{rates.shape[1:]}."
+            f"{rates.shape[2:]}."
         )
-    return rates.shape[1]
+    return rates.shape[2]

@@ -279,7 +279,9 @@ def _law(result: Any, individual: bool) -> _Law:
     known = {**point.study.units, **known}
     labels = [_with_unit(name, known.get(name, "")) for name in names]
     draws = np.concatenate([psi[site] for site in sites], -1)
-    points = np.concatenate([np.asarray(means[site]) for site in sites], -1)
+    changing = point.joint.roles.changing
+    first = [means[site][:, 0] if site in changing else means[site] for site in sites]
+    points = np.concatenate([np.asarray(x) for x in first], -1)
     return _varying(_Law(names, labels, draws, points))
 
 
@@ -298,7 +300,9 @@ def _law_of_tree(tree: Any, individual: bool) -> _Law:
             _with_unit(n, u) if individual else f"η, {n}" for n, u in zip(part, units, strict=True)
         ]
         draws.append(variable.values)
-        points.append(tree.posterior[site].mean(("chain", "draw")).values)
+        means = tree.posterior[site].mean(("chain", "draw"))
+        first = {dim: 0 for dim in means.dims[1:-1]}  # of times, or occasions
+        points.append(means.isel(first).values)
     law = _Law(tuple(names), labels, np.concatenate(draws, -1), np.concatenate(points, -1))
     return _varying(law)
 

@@ -105,7 +105,8 @@ def population_draws(
         gaussian: draw η from the Gaussian with the moments of its law instead, to compare.
 
     Returns:
-        η `[sample, effect]`, and ψ by site, each `[sample, parameter]`.
+        η `[sample, effect]`, and ψ by site, each `[sample, parameter]`: of parameters that change
+        in time those at the first record.
     """
     point = estimate(result, conditional=False)
     some = np.linspace(0, len(point.thetas) - 1, min(50, len(point.thetas))).astype(int)
@@ -138,7 +139,8 @@ class Estimate:
     eta: jax.Array | None = None
 
     def individual(self) -> dict[str, jax.Array]:
-        """ψ_i at the conditional means of η_i, by site, each `[subject, parameter]`."""
+        """ψ_i at the conditional means of η_i, by site, each `[subject, parameter]`; or
+        `[subject, time, parameter]` where they change in time."""
         return _individual(self.joint, self.theta, self.weights, self.eta, self.study)
 
 
@@ -289,7 +291,8 @@ def _population(joint: Joint, count: int, gaussian: bool, keys, thetas, weights,
             eta = jax.random.multivariate_normal(key, *moments, (count, study.subjects.size))
         else:
             eta = joint.sample_effects(key, theta, weights, study, count)
-        return eta, jax.vmap(lambda e: joint.individual(theta, weights, e, study))(eta)
+        psi = jax.vmap(lambda e: joint.individual(theta, weights, e, study))(eta)
+        return eta, {n: x[:, :, 0] if n in joint.roles.changing else x for n, x in psi.items()}
 
     return jax.lax.map(one, (keys, thetas))
 

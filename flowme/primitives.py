@@ -21,7 +21,8 @@ from numpyro.primitives import Messenger, apply_stack
 
 from flowme.censoring import Censored
 from flowme.effects import RandomEffect
-from flowme.study import Study, Subjects
+from flowme.per_occasion import PerOccasion
+from flowme.study import Occasions, Study, Subjects
 
 
 def population(
@@ -74,28 +75,40 @@ def _within(support, value) -> bool:
 def random_effect(
     name: str,
     effect: dist.Distribution,
-    subjects: Subjects,
+    subjects: Subjects | Occasions,
     names: Sequence[str] | None = None,
 ) -> Any:
-    """Random effects η_i of every subject, and the parameters of their distribution.
+    """Random effects η_i of every subject, and the parameters of their distribution; or κ_ik of
+    every occasion.
 
     The parameters that a `RandomEffect` learns become population-level sites `{name}_{parameter}`
     (`eta_omega`, `eta_corr_cholesky`, ...) and, for a flow, the `numpyro.param` `{name}_weights`.
     Then η is sampled in the plate "subject", at the site `name` of shape `[subject, effect]`.
 
+    Between occasions, κ_i1, κ_i2, ... are independent draws of the same law, of which the site
+    holds all, `[subject, occasion effect]` (see `flowme.per_occasion`). Levels add up: one
+    statement for the subjects, one for each of `study.occasions`.
+
     Args:
         name: name of the random effect, `"eta"`.
         effect: its distribution: a flowme one, or any NumPyro distribution with real support
             and event shape `[effect]` (its parameters being statements of the model).
-        subjects: `study.subjects`.
+        subjects: `study.subjects`; or `study.occasions["OCC"]` for effects between occasions, of
+            which `effect` is one of flowme's distributions.
         names: names of the components; needed when `effect` is not a flowme one.
 
     Returns:
-        A named tuple of arrays `[subject]`, one per component: `eta.ka`.
+        A named tuple of arrays, one per component: `eta.ka`, `[subject]`; between occasions those
+        in force at each record, `[subject, time]`.
     """
     # A message without "name" passes NumPyro's handlers untouched; `replace_effect` answers it.
     message = {"type": "random_effect", "effect": name, "value": None, "fn": lambda: effect}
     effect = apply_stack({**message, "args": (), "kwargs": {}})["value"]
+    if isinstance(subjects, Occasions) and not isinstance(effect, RandomEffect):
+        raise TypeError(
+            f"expected one of flowme's distributions for random effect {name!r} between "
+            f"occasions, such as fm.GaussianRandomEffect(['CL']); got {effect!r}."
+        )
     if isinstance(effect, RandomEffect):
         names, effect = effect.names, _learned(name, effect)
     if not isinstance(effect, dist.Distribution):
@@ -109,9 +122,14 @@ def random_effect(
             f"component, `names=[...]`; got event shape {list(effect.event_shape)} and names "
             f"{names}."
         )
-    about = {"role": "effect", "names": tuple(names)}
+    about: dict[str, Any] = {"role": "effect", "names": tuple(names)}
+    if isinstance(subjects, Occasions):
+        effect = PerOccasion(effect, subjects.most)
+        about |= {"names": effect.names, "present": subjects.present}
     with subject_plate(subjects):
         eta = numpyro.sample(name, effect, infer={"flowme": about})
+    if isinstance(subjects, Occasions):
+        eta = jnp.take_along_axis(effect.each(eta), subjects.index[..., None], axis=1)
     return namedtuple(name, names)(*(eta[..., j] for j in range(len(names))))  # type: ignore
 
 
@@ -161,10 +179,12 @@ def individual(subjects: Subjects, *, name: str = "psi", **parameters: ArrayLike
     Args:
         subjects: `study.subjects`.
         name: name of the site that records them, `[subject, parameter]`; not that of another.
-        **parameters: each a number (the same for all) or an array `[subject]`.
+        **parameters: each a number (the same for all), an array `[subject]`, or, where it changes
+            in time, `[subject, time]`: its value from each record to the next.
 
     Returns:
-        A named tuple of arrays `[subject]`: `psi.ka`.
+        A named tuple of arrays `[subject]` or `[subject, time]`: `psi.ka`. The site holds those
+        at every record, `[subject, time, parameter]`, if one of them changes.
     """
     if not parameters:
         raise ValueError("expected at least one individual parameter, such as V=V * exp(eta.V).")
@@ -176,13 +196,21 @@ def individual(subjects: Subjects, *, name: str = "psi", **parameters: ArrayLike
         )
     arrays = {}
     for key, value in parameters.items():
-        if jnp.shape(value) not in ((), (subjects.size,)):
+        shape = jnp.shape(value)
+        if shape[:1] not in ((), (subjects.size,)) or len(shape) > 2:
             raise ValueError(
                 f"expected individual parameter {key!r} to be a number or of shape [subject] = "
-                f"[{subjects.size}]; got shape {list(jnp.shape(value))}."
+                f"[{subjects.size}] or [subject, time]; got shape {list(shape)}."
             )
-        arrays[key] = jnp.broadcast_to(jnp.asarray(value, float), (subjects.size,))
-    _record(name, jnp.stack(list(arrays.values()), -1), role="individual", names=tuple(arrays))
+        arrays[key] = jnp.broadcast_to(jnp.asarray(value, float), shape or (subjects.size,))
+    times = {key: x.shape[1] for key, x in arrays.items() if x.ndim == 2}
+    if len(set(times.values())) > 1:
+        raise ValueError(
+            f"expected individual parameters [subject, time] with the same times; got {times}."
+        )
+    both = [x[:, None] if times and x.ndim == 1 else x for x in arrays.values()]
+    stacked = jnp.stack(jnp.broadcast_arrays(*both), -1)
+    _record(name, stacked, role="individual", names=tuple(arrays), changes=bool(times))
     return namedtuple(name, list(arrays))(**arrays)  # type: ignore
 
 

@@ -16,6 +16,7 @@ from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.infer import MCMC
 
 from flowme.convert import Names, reported
+from flowme.infer.doubts import shrinkage
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
 from flowme.predict import Estimate, Result, estimate, mcmc_draws
@@ -164,18 +165,18 @@ def _effects(point: Estimate) -> pd.DataFrame:
     each = -(-50_000 // study.subjects.size)
     found = _law(joint, each, jax.random.key(0), point.theta, point.weights, study)
     draws, (mean, covariance) = jax.tree.map(np.asarray, found)
-    draws = draws.reshape(-1, joint.effect_size)
+    shrunk = shrinkage(joint, np.asarray(point.eta), np.diag(covariance))
+    first = [columns[0] for _, columns, _ in joint.roles.reported()]
+    draws = draws.reshape(-1, joint.effect_size)[:, first]
     z = (draws - draws.mean(0)) / draws.std(0)
-    variance = np.diag(covariance)
-    known = np.var(np.asarray(point.eta), axis=0, ddof=1)
     columns = {
-        "mean": mean,
-        "SD": np.sqrt(variance),
+        "mean": mean[first],
+        "SD": np.sqrt(np.diag(covariance))[first],
         "skewness": (z**3).mean(0),
         "excess kurtosis": (z**4).mean(0) - 3,
-        "shrinkage (%)": 100 * (1 - known / variance),
+        "shrinkage (%)": 100 * np.array(list(shrunk.values())),
     }
-    return pd.DataFrame(columns, index=pd.Index(joint.roles.effect_names, name="effect"))
+    return pd.DataFrame(columns, index=pd.Index(shrunk, name="effect"))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

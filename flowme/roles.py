@@ -45,6 +45,8 @@ class Roles(NamedTuple):
     outcomes: tuple[str, ...]
     laws: dict[str, Any]  # what each random effect was declared with
     shapes: dict[str, tuple[int, ...]]  # event shape of each random effect
+    present: dict[str, np.ndarray]  # of effects between occasions, [subject, occasion]
+    changing: tuple[str, ...]  # sites of individual parameters that change in time
 
     @property
     def effect_names(self) -> tuple[str, ...]:
@@ -52,6 +54,25 @@ class Roles(NamedTuple):
         if len(self.effects) == 1:
             return next(iter(self.effects.values()))
         return tuple(f"{site}_{name}" for site, names in self.effects.items() for name in names)
+
+    def components(self, effect: str) -> tuple[str, ...]:
+        """Names of the components of the law of a random effect; of one between occasions, those
+        of one occasion."""
+        names = self.effects.get(effect, ())
+        return self.laws[effect].names if effect in self.present else names
+
+    def reported(self) -> list[tuple[str, np.ndarray, np.ndarray | None]]:
+        """The random effects as one reads them, those between occasions once: their names, where
+        each stands among all, `[occasion]`, and the cells that count, `[subject, occasion]`."""
+        found, start = [], 0
+        for site, names in self.effects.items():
+            parts = self.components(site)
+            columns = start + np.arange(len(names)).reshape(-1, len(parts))
+            start += len(names)
+            for name, own in zip(parts, columns.T, strict=True):
+                label = name if len(self.effects) == 1 else f"{site}_{name}"
+                found.append((label, own, self.present.get(site)))
+        return found
 
 
 def roles(model: Callable, study: Study) -> Roles:
@@ -64,8 +85,8 @@ def roles(model: Callable, study: Study) -> Roles:
     """
     sites, declared = _trace(model, study)
     starts, wrong = jax.tree.map(np.asarray, _inspect(model, study))
-    found = Roles({}, {}, {}, {}, (), declared, {})
-    outcomes = []
+    found = Roles({}, {}, {}, {}, (), declared, {}, {}, ())
+    outcomes, changing = [], []
     for name, site in sites.items():
         about = _about(site)
         if site["type"] == "param":
@@ -78,6 +99,7 @@ def roles(model: Callable, study: Study) -> Roles:
             found.weights[name] = np.asarray(law.weights)
         elif site["type"] == "deterministic" and about.get("role") == "individual":
             found.individual[name] = about["names"]
+            changing += [name] * about["changes"]
         elif site["type"] == "sample" and _per_subject(site):
             if site["is_observed"] or about.get("role") == "outcome":
                 outcomes.append(name)
@@ -85,6 +107,8 @@ def roles(model: Callable, study: Study) -> Roles:
             else:
                 found.effects[name] = _check_effect(name, site, about)
                 found.shapes[name] = tuple(site["value"].shape[1:])
+                if "present" in about:
+                    found.present[name] = np.asarray(about["present"])
         elif site["type"] == "sample" and not site["is_observed"]:
             found.population[name] = _population(site, about, starts.get(name))
     if not found.effects:
@@ -94,7 +118,7 @@ def roles(model: Callable, study: Study) -> Roles:
         )
     if not outcomes:
         raise ValueError("expected a model with an outcome; got none. Write fm.observe(...).")
-    return found._replace(outcomes=tuple(outcomes))
+    return found._replace(outcomes=tuple(outcomes), changing=tuple(changing))
 
 
 def _trace(model: Callable, study: Study) -> tuple[dict[str, dict], dict[str, Any]]:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from flowme.events import Timeline
+from flowme.occasions import read_occasions
 from flowme.regimen import Regimen, read_regimen, write_out
 from flowme.table import Columns, StudyError, StudyWarning, Table
 
@@ -31,6 +32,7 @@ class Rows(NamedTuple):
     row: np.ndarray  # [item] the row of the table that it comes from
     outcomes: Outcomes
     covariates: dict[str, np.ndarray]  # name -> [row]
+    occasions: dict[str, np.ndarray]  # name -> [row]
     columns: Columns  # where the levels of `outcome_type` name the outcomes
 
 
@@ -49,6 +51,7 @@ def read_rows(
     covariates = {n: table.numbers(n, True) for n in columns.covariates + columns.time_varying}
     for name in columns.covariates:
         _refuse_changes(table, name, code, covariates[name])
+    occasions = read_occasions(table, columns.occasions, code, time)
     _refuse_early_doses(table, code, time, kinds.regimen)
     for name, observed in outcomes.observed.items():
         _refuse_duplicates(table, name, code, time, observed)
@@ -67,7 +70,7 @@ def read_rows(
         raise StudyError(table.findings)
     _warn_of_order(code, time, ids.tolist())
     line, row = write_out(kinds.regimen, code, time)
-    return Rows(tuple(ids.tolist()), line, row, outcomes, covariates, columns)
+    return Rows(tuple(ids.tolist()), line, row, outcomes, covariates, occasions, columns)
 
 
 def _warn_of_order(code: np.ndarray, time: np.ndarray, ids: list[Any]) -> None:

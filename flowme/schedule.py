@@ -36,6 +36,7 @@ class Given(NamedTuple):
     infusions: Array
     resets: Array
     steady: Array
+    which: Array  # [time], the individual parameters in force from each record on
 
 
 class Plan(NamedTuple):
@@ -51,7 +52,7 @@ class Plan(NamedTuple):
 
 
 def dosing_of(lag: Any, bioavailability: Any) -> Dosing:
-    """Reads `[subject]`, for all compartments, or compartment -> `[subject]`, or None."""
+    """Reads `[subject]` or `[subject, time]`, for all compartments or by compartment, or None."""
 
     def named(value: Any) -> dict[int, Any]:
         if value is None:
@@ -63,23 +64,34 @@ def dosing_of(lag: Any, bioavailability: Any) -> Dosing:
     return Dosing(named(lag), named(bioavailability))
 
 
-def schedule(study: Study, dosing: Dosing, states: int, dtype: Any) -> tuple[Any, Array]:
-    """When what happens to whom.
+def schedule(
+    study: Study, dosing: Dosing, states: int, dtype: Any, which: Array
+) -> tuple[Any, Array]:
+    """When what happens to whom; `which` individual parameters are in force at each record,
+    `[subject, time]`.
 
     Returns:
         The events that do not depend on `dosing`, [subject, event], with what `moving_events`
         needs of the others; and the event that each record is, [subject, time].
     """
     if study.doses.time.shape[1] and (dosing.lag or dosing.bioavailability):
-        given = given_doses(study, dtype)
+        given = given_doses(study, dtype, which)
         plans = jax.vmap(plan)(dosing, given)
         fixed = {"reset": plans.reset} if study.doses.resets.shape[1] else {}
+        fixed["which"] = _after(plans.record, which, plans.order.shape[1])
         return (fixed, _Moving(given, plans, plans.reset)), plans.record
     fixed = still(study, states, dtype)
+    fixed["which"] = _after(jnp.asarray(study.events.record), which, study.events.time.shape[1])
     moving = None
     if study.doses.steady.shape[1]:
-        moving = _Moving(given_doses(study, dtype), None, fixed["reset"])
+        moving = _Moving(given_doses(study, dtype, which), None, fixed["reset"])
     return (fixed, moving), jnp.asarray(study.events.record)
+
+
+def _after(record: Array, which: Array, events: int) -> Array:
+    """Of each event, `which` of the last record at or before it: [subject, event]."""
+    past = (record[:, None] <= jnp.arange(events)[:, None]).sum(axis=-1)
+    return jnp.take_along_axis(which, jnp.maximum(past - 1, 0), axis=1)
 
 
 class _Moving(NamedTuple):
@@ -108,11 +120,12 @@ def moving_events(
     return moving
 
 
-def given_doses(study: Study, dtype: Any) -> Given:
+def given_doses(study: Study, dtype: Any, which: Array) -> Given:
     """The records and doses of all subjects."""
     doses = study.doses
     floats = (study.time, doses.time, doses.amount, doses.rate, doses.duration, doses.interval)
     whole = (doses.compartment, study.events.dose, doses.infusions, doses.resets, doses.steady)
+    whole = (*whole, which)
     return Given(*(jnp.asarray(x, dtype) for x in floats), *(jnp.asarray(x) for x in whole))
 
 
@@ -229,10 +242,16 @@ def cycle(dosing: Dosing, given: Given, dose: Array, states: int) -> dict[str, A
 def _doses(dosing: Dosing, given: Given) -> tuple[Array, Array, Array]:
     """When each dose arrives, how much of it, and over what time: 0 for a bolus."""
     lag, part = jnp.zeros_like(given.time), jnp.ones_like(given.time)
+    # The record in force; an additional dose has none of its own.
+    at = jnp.maximum(given.first - (given.record[given.first] > given.time), 0)
+
+    def of_dose(value: Array) -> Array:
+        return value[at] if value.ndim else value
+
     for place, value in dosing.lag.items():
-        lag = lag + jnp.where((given.compartment == place) | (place == _ALL), value, 0)
+        lag = lag + jnp.where((given.compartment == place) | (place == _ALL), of_dose(value), 0)
     for place, value in dosing.bioavailability.items():
-        part = part * jnp.where((given.compartment == place) | (place == _ALL), value, 1)
+        part = part * jnp.where((given.compartment == place) | (place == _ALL), of_dose(value), 1)
     amount, rate = given.amount * part, given.rate
     length = jnp.where(rate > 0, amount / jnp.where(rate > 0, rate, 1), given.duration)
     return given.time + lag, amount, length

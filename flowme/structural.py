@@ -13,7 +13,7 @@ from jax import Array
 from flowme.integrate import UnrolledTsit5, differentiable, system_of
 from flowme.schedule import Dosing, cycle, dosing_of, moving_events, schedule
 from flowme.steady import fixed_point
-from flowme.study import Study
+from flowme.study import Occasions, Study
 
 __all__ = ["solve"]
 
@@ -33,6 +33,7 @@ def solve(
     rtol: Any = None,
     atol: Any = None,
     max_steps: int = 256,
+    occasions: Occasions | None = None,
 ) -> Array:
     r"""State of each subject's ODE at each of its times, with its doses.
 
@@ -54,6 +55,12 @@ def solve(
     of the intervals, which are parameters like the others. Where a moving dose meets a record,
     the derivative is that of the order in the table. `study` is data and has no derivatives.
 
+    Parameters that change in time, :math:`\psi_i(t)`, hold from each record to the next (last
+    value carried forward; a steady state is that of the parameters at its dose). They have a
+    sensitivity equation for every record, which is dear: where they change between occasions
+    only, say so by `occasions`; and let covariates that change in time be leaves of `psi` by
+    themselves, for what is not differentiated costs nothing.
+
     A subject whose solve fails (`max_steps` reached, a non-finite state, no steady state, or an
     infusion or lag longer than the interval of its steady state) is NaN from the failing interval
     on, and those NaN add nothing to a gradient; the other subjects are untouched.
@@ -61,20 +68,24 @@ def solve(
     Args:
         rhs: `rhs(t, amount, psi_i) -> d amount / dt` of one subject, `amount` being `[state]` and
             the leaves of `psi_i` scalars; returns an array, or a tuple or list of scalars.
-        psi: individual parameters, a pytree (named tuple) of arrays `[subject]`.
+        psi: individual parameters, a pytree (named tuple) of arrays `[subject]`, or
+            `[subject, time]`.
         study: the `Study`; doses into compartment c are added to state c - 1.
         initial: state at the first row of each subject, `[state]` or `[subject, state]`; zeros if
             None.
         states: number of states; if None, the smallest with which `rhs` returns as many
             derivatives.
-        lag: time by which doses come later, 0 or more: `[subject]`; or a mapping from compartment
-            to `[subject]`, for the doses into it. At steady state at most the interval.
+        lag: time by which doses come later, 0 or more: `[subject]`, or `[subject, time]`, of which
+            a dose has that of its record; or a mapping from compartment to these, for the doses
+            into it. At steady state at most the interval.
         bioavailability: part of each dose that arrives, 0 or more: likewise. An infusion whose
             rate is known keeps its rate, for another time; one whose duration is known keeps that.
         solver: a diffrax solver; Tsitouras' 5(4) if None, `diffrax.Kvaerno5()` when stiff.
         rtol: relative tolerance of a step; 1e-8 if None, or 1e-5 without `jax_enable_x64`.
         atol: absolute tolerance (amount); 1e-10 if None, or 1e-6 without `jax_enable_x64`.
         max_steps: most steps of the solver between two consecutive rows.
+        occasions: of `study.occasions` those between which alone `psi` changes; a subject whose
+            parameters change within one is NaN.
 
     Returns:
         Amounts, `[subject, time, state]`.
@@ -86,10 +97,10 @@ def solve(
         Hindmarsh et al., SUNDIALS (2005), section 3.2: forward sensitivity analysis.
     """
     psi = jax.tree.map(jnp.asarray, psi)
-    check_psi(psi, study)
+    check_psi(psi, study, changing=True)
     initial = None if initial is None else jnp.asarray(initial)
     dtype = jnp.result_type(float)  # jax_enable_x64 decides, as it does for diffrax
-    individual = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), psi)
+    individual = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), psi)
     stacked = partial(_stacked_rhs, rhs, dtype)
     states = _count_states(stacked, individual, study, initial, states, dtype)
     # Everything rhs closes over becomes an argument, so that it is differentiated (and batched)
@@ -107,13 +118,15 @@ def solve(
         initial = jnp.zeros(states, dtype)
     start = jnp.broadcast_to(initial.astype(dtype), (study.time.shape[0], states))
     dosing = check_dosing(lag, bioavailability, study, states)
+    psi, which = in_force(psi, study, occasions)
 
     def trajectory(psi_i: Any, dosing_i: Dosing, start_i: Array, timing: Any) -> Array:
         theta, structure = jax.tree.flatten((start_i, dosing_i, psi_i, closed))
 
-        def field(t: Array, y: Array, theta: list[Array]) -> Array:
+        def field(event: Any, t: Array, y: Array, theta: list[Array]) -> Array:
             _, _, psi_i, closed = jax.tree.unflatten(structure, theta)
-            return eqx.combine(closed, static)(t, y, psi_i)
+            now = jax.tree.map(lambda x: x[event["which"]] if x.ndim else x, psi_i)
+            return eqx.combine(closed, static)(t, y, now)
 
         def dosing_of_theta(theta: list[Array]) -> Dosing:
             return jax.tree.unflatten(structure, theta)[1]
@@ -127,8 +140,10 @@ def solve(
                 given, dose = data
                 return cycle(dosing_of_theta(theta), given, dose, states)
 
+            given, dose = data
+            always = {"which": jnp.broadcast_to(given.which[given.first[dose]], 4)}
             system = system_of(field, repeated)
-            return run(system)([state, *theta[1:]], (({}, data), tolerance))[-1]
+            return run(system)([state, *theta[1:]], ((always, data), tolerance))[-1]
 
         def moving(theta: list[Array], data: Any) -> dict[str, Array]:
             within = jnp.maximum(100 * tolerance[0], 1e-6)
@@ -137,7 +152,7 @@ def solve(
 
         return run(system_of(field, moving))(theta, (timing, tolerance))
 
-    timing, record = schedule(study, dosing, states, dtype)
+    timing, record = schedule(study, dosing, states, dtype, which)
     amounts = jax.vmap(trajectory)(psi, dosing, start, timing)
     return jnp.take_along_axis(amounts, record[:, :, None], axis=1)
 
@@ -149,25 +164,55 @@ def _stacked_rhs(rhs: Callable, dtype: Any, t: Array, amount: Array, psi: Any) -
     return jnp.asarray(derivative, dtype)
 
 
-def check_psi(psi: Any, study: Study) -> None:
-    """Refuses individual parameters that are not `[subject]`."""
-    subjects = study.time.shape[0]
+def check_psi(psi: Any, study: Study, changing: bool = False) -> None:
+    """Refuses individual parameters that are not `[subject]`, nor `[subject, time]` if that may
+    be."""
+    subjects, times = study.time.shape
+    allowed = [(subjects,), (subjects, times)] if changing else [(subjects,)]
     for path, leaf in jax.tree_util.tree_leaves_with_path(psi):
-        if jnp.shape(leaf) != (subjects,):
+        if jnp.shape(leaf) not in allowed:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
+            shapes = f"[subject] = ({subjects},)"
+            shapes += f" or [subject, time] = ({subjects}, {times})" if changing else ""
+            advice = "fm.individual(study.subjects, ...) gives one value to each subject"
+            if not changing and jnp.shape(leaf) == (subjects, times):
+                advice = "fm.solve and fm.solve_linear take parameters that change in time"
             raise ValueError(
-                f"expected each individual parameter of shape [subject] = ({subjects},); got "
-                f"{jnp.shape(leaf)} for {name!r}. fm.individual(study.subjects, ...) gives one "
-                "value to each subject."
+                f"expected each individual parameter of shape {shapes}; got "
+                f"{jnp.shape(leaf)} for {name!r}. {advice}."
             )
 
 
+def in_force(psi: Any, study: Study, occasions: Occasions | None) -> tuple[Any, Array]:
+    """Individual parameters that change in time, by occasion or record, and which of them are in
+    force at each record, `[subject, time]`."""
+    size = study.time.shape
+    if occasions is None:
+        return psi, jnp.broadcast_to(jnp.arange(size[1]), size)
+    if jnp.shape(occasions.index) != size:
+        raise ValueError(
+            f"expected occasions of this study, [subject, time] = {size}; got "
+            f"{jnp.shape(occasions.index)}."
+        )
+    index = jnp.asarray(occasions.index)
+    begin = jnp.argmax(index[:, None] == jnp.arange(occasions.most)[:, None], axis=-1)
+
+    def by_occasion(leaf: Array) -> Array:
+        if leaf.ndim == 1:
+            return leaf
+        first = jnp.take_along_axis(leaf, begin, axis=1)
+        same = jnp.all(jnp.take_along_axis(first, index, axis=1) == leaf, axis=1, keepdims=True)
+        return jnp.where(same, first, jnp.nan)
+
+    return jax.tree.map(by_occasion, psi), index
+
+
 def check_dosing(lag: Any, bioavailability: Any, study: Study, states: int) -> Dosing:
-    """Refuses lags and bioavailabilities that are not `[subject]`, or of no compartment."""
+    """Refuses lags and bioavailabilities of another shape, or of no compartment."""
     dosing = dosing_of(lag, bioavailability)
     for name, values in dosing._asdict().items():
         for compartment, value in values.items():
-            check_psi({name: value}, study)
+            check_psi({name: value}, study, changing=True)
             if compartment not in range(states + 1):
                 raise ValueError(
                     f"solve: expected {name} of compartments 1 to {states}; got {compartment}."

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 
 from flowme.events import Doses, Events, arrange_doses, arrange_events, events_at, lay_out
+from flowme.occasions import Occasions, arrange_occasions
 from flowme.rows import Rows, read_rows
 from flowme.table import Columns, StudyError, StudyWarning, find_columns, read_csv, write_column
 
-__all__ = ["Doses", "Events", "Study", "StudyError", "StudyWarning", "Subjects"]
+__all__ = ["Doses", "Events", "Occasions", "Study", "StudyError", "StudyWarning", "Subjects"]
 
 Array = Any  # a NumPy array on the host, a tracer under jit
 
@@ -85,6 +86,7 @@ class Study:
             measurement lies: [limit, value] for 1, [value, limit] for -1; NaN where there is
             none; only for outcomes that have limits.
         covariates: Name -> [subject], or [subject, time] if changing in time (padded by the last).
+        occasions: Name -> `Occasions`, from coarse to fine.
         doses: The doses, [subject, dose].
         events: Records, doses and ends of infusions as one sequence, [subject, event].
         compartments: The dosed compartments, counted from 1: the last axis of `events.jump`.
@@ -97,6 +99,7 @@ class Study:
     censored: dict[str, Array]
     limit: dict[str, Array]
     covariates: dict[str, Array]
+    occasions: dict[str, Occasions]
     doses: Doses
     events: Events
     compartments: tuple[int, ...]
@@ -124,6 +127,7 @@ class Study:
         censored: str | Mapping[str, str] | None = None,
         limit: str | Mapping[str, str] | None = None,
         outcome_type: str | None = None,
+        occasions: str | Sequence[str] | None = None,
         keep_unobserved: bool = False,
         units: Mapping[str, str] | None = None,
     ) -> "Study":
@@ -131,7 +135,7 @@ class Study:
 
         An argument left out is found by its NONMEM name (upper case) if the table has it: ID,
         TIME, DV, AMT, EVID, MDV, CMT, RATE, DUR, ADDL, II, SS, CENS, LIMIT,
-        DVID.
+        DVID, OCC.
 
         Args:
             frame: The table. It is not changed.
@@ -161,6 +165,9 @@ class Study:
                 `Study.limit`), as in Monolix; or outcome -> column.
             outcome_type: Column that says which outcome a row measures; outcomes are then named
                 by its levels.
+            occasions: Column that says to which occasion a row belongs, by any names that differ;
+                or several, from coarse to fine, each nested in those before it. An occasion does
+                not come back once another has begun.
             keep_unobserved: Whether to keep subjects without any measurement; else refused.
             units: Units by name of outcome or covariate, "time" and "amount".
 
@@ -191,6 +198,7 @@ class Study:
             "censored": censored,
             "limit": limit,
             "outcome_type": outcome_type,
+            "occasions": occasions,
         }
         units = dict(units or {})
         columns = find_columns(frame, named, covariates, time_varying)
@@ -306,10 +314,11 @@ class Study:
     def at(self, times: Array) -> "Study":
         """The same subjects at other times, with nothing measured: for predictions on a grid.
 
-        Doses and constant covariates stay. A covariate that changes in time is carried forward
-        from the last record, and before the first record it is that record's. Every outcome is to
-        be sampled at every time. A record at the time of a dose sees the state after it. An ODE
-        starts where it did, at a subject's first record, or at the first of `times` if earlier.
+        Doses and constant covariates stay. A covariate that changes in time, and the occasion, is
+        carried forward from the last record, and before the first record it is that record's.
+        Every outcome is to be sampled at every time. A record at the time of a dose sees the state
+        after it. An ODE starts where it did, at a subject's first record, or at the first of
+        `times` if earlier.
 
         Args:
             times: The new times, increasing: [time], the same for all, or [subject, time].
@@ -333,6 +342,10 @@ class Study:
             covariates={
                 name: np.take_along_axis(value, last, 1) if value.ndim == 2 else value
                 for name, value in self.covariates.items()
+            },
+            occasions={
+                name: value._replace(index=np.take_along_axis(value.index, last, 1))
+                for name, value in self.occasions.items()
             },
             events=events_at(time, self.time[:, 0], self.doses, self.compartments),
         )
@@ -438,6 +451,8 @@ class Study:
         ]
         if self.covariates:
             parts.append("covariates: " + ", ".join(named(name) for name in self.covariates))
+        for name, value in self.occasions.items():
+            parts.append(f"up to {value.most} occasions ({name})")
         return "; ".join(parts) + "."
 
 
@@ -471,6 +486,7 @@ def _arrange(table: Rows, frame: pd.DataFrame, units: dict[str, str]) -> Study:
             n: v[rows] if n in columns.time_varying else v[rows[:, 0]]
             for n, v in table.covariates.items()
         },
+        occasions={n: arrange_occasions(v, rows) for n, v in table.occasions.items()},
         doses=doses,
         events=arrange_events(line, rows, (items, doses.given), compartments),
         compartments=compartments,

@@ -56,6 +56,7 @@ _NONMEM = {
     "censored": "CENS",
     "limit": "LIMIT",
     "outcome_type": "DVID",
+    "occasions": "OCC",
 }
 
 
@@ -82,6 +83,7 @@ class Columns(NamedTuple):
     interval: str | None = None
     steady_state: str | None = None
     outcome_type: str | None = None
+    occasions: tuple[str, ...] = ()
 
 
 def find_columns(
@@ -108,6 +110,7 @@ def find_columns(
     if named["outcome_type"] is None and list(outcome.values()) != ["DV"]:
         given["outcome_type"] = None  # DVID tells the kinds of DV apart, not of another column
     censored, limit = (_by_outcome(given.pop(role), outcome) for role in ("censored", "limit"))
+    given["occasions"] = _tuple(given["occasions"])
     varying = _tuple(time_varying)
     columns = Columns(
         outcome=outcome,

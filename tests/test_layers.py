@@ -6,11 +6,12 @@ from pathlib import Path
 import flowme
 
 LAYERS = {
-    1: {"study", "table", "rows", "regimen", "events", "datasets"},
+    1: {"study", "table", "rows", "regimen", "events", "occasions", "datasets"},
     2: {
         "quantile",
         "flows",
         "effects",
+        "per_occasion",
         "kernel_mixture",
         "semi_nonparametric",
         "residual",

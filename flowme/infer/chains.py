@@ -75,7 +75,7 @@ def _label(joint: Joint, study: Study, name: str, cell: tuple[int, ...]) -> str:
         effects = joint.roles.effects[name]
         effect = effects[cell[1]] if len(cell) > 1 else effects[0]
         return f"{name}.{effect} of subject {study.ids[cell[0]]}"
-    effects = joint.roles.effects.get(joint.roles.population[name].effect, ())
+    effects = joint.roles.components(joint.roles.population[name].effect)
     if len(cell) == 1 and len(effects) == joint.roles.population[name].shape[0]:
         return f"{name}[{effects[cell[0]]}]"
     return f"{name}{list(cell)}" if cell else name

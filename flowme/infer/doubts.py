@@ -10,6 +10,7 @@ from flowme.effects import RandomEffect
 from flowme.infer.errors import base_support, correlation, parameter_names, weak_directions
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
+from flowme.per_occasion import PerOccasion
 
 _FLAT = 5.0  # standard error of an unconstrained bounded parameter that says it is at its bound:
 # that of a logarithm, a factor of 150 either way
@@ -46,8 +47,9 @@ def _degenerate(fit: Fit, flat: np.ndarray) -> list[str]:
     """A message for each Ω whose correlation matrix is singular or runs there."""
     found, joint = [], fit.joint
     laws = joint.laws(fit.theta, fit.weights, fit.study)
-    for (site, names), law in zip(joint.roles.effects.items(), laws, strict=True):
-        law = getattr(law, "base_dist", law)
+    for site, law in zip(joint.roles.effects, laws, strict=True):
+        names, law = joint.roles.components(site), getattr(law, "base_dist", law)
+        law = law.law if isinstance(law, PerOccasion) else law
         covariance = np.asarray(law.covariance_matrix) if isinstance(law, RandomEffect) else None
         if covariance is None or len(names) == 1 or not np.all(np.diag(covariance) > 0):
             continue
@@ -87,17 +89,19 @@ def _at_bounds(fit: Fit, flat: np.ndarray, gradient: np.ndarray) -> tuple[np.nda
             now, to = (_element(joint, site, at, element) for at in (theta, end))
             advice = "leave it out of the model, or fix it there"
             if site == f"{role.effect}_omega" and to < 1e-9:
-                vanished[_first_effect(joint, role.effect) + element - where.start] = True
+                vanished[_columns(joint, role.effect)[:, element - where.start]] = True
                 advice = "the study shows no such variation, leave this random effect out"
             limit = "infinity" if to > 1e9 else "0" if to < 1e-9 else f"{to:.3g}"
             found.append(f"{names[element]} runs to its bound {limit} (now {now:.2g}): {advice}.")
     return vanished, found
 
 
-def _first_effect(joint: Joint, site: str) -> int:
-    """Where the effects of a site begin among all."""
+def _columns(joint: Joint, site: str) -> np.ndarray:
+    """Where the effects of a site stand among all, `[occasion, component]`."""
     sites = list(joint.roles.effects)
-    return sum(len(joint.roles.effects[other]) for other in sites[: sites.index(site)])
+    first = sum(len(joint.roles.effects[other]) for other in sites[: sites.index(site)])
+    columns = first + np.arange(len(joint.roles.effects[site]))
+    return columns.reshape(-1, len(joint.roles.components(site)))
 
 
 def _element(joint: Joint, site: str, theta: np.ndarray, element: int) -> float:
@@ -110,14 +114,31 @@ def _element(joint: Joint, site: str, theta: np.ndarray, element: int) -> float:
 def _not_identified(fit: Fit, means: np.ndarray, vanished: np.ndarray) -> list[str]:
     """A message for each effect whose conditional means are all alike."""
     _, covariance = fit.joint.effect_moments(jax.random.key(0), fit.theta, fit.weights, fit.study)
-    with np.errstate(all="ignore"):
-        shrinkage = 1 - np.var(means, axis=0, ddof=1) / np.diag(covariance)
+    found = shrinkage(fit.joint, means, np.diag(covariance))
+    gone = [vanished[columns[0]] for _, columns, _ in fit.joint.roles.reported()]
     return [
         f"the random effect {name} is not identified (shrinkage {100 * s:.0f} %): remove it, or "
         "fix its omega at a value known from elsewhere."
-        for name, s, gone in zip(fit.joint.roles.effect_names, shrinkage, vanished, strict=True)
+        for (name, s), gone in zip(found.items(), gone, strict=True)
         if s > _SHRINKAGE and not gone
     ]
+
+
+def shrinkage(joint: Joint, means: np.ndarray, variance: np.ndarray) -> dict[str, float]:
+    """1 - Var(m_i)/Var(η) of each random effect, by name.
+
+    Args:
+        joint: the model.
+        means: m_i, means of the conditional distributions, `[subject, effect]`.
+        variance: Var(η), `[effect]`.
+    """
+    found = {}
+    with np.errstate(all="ignore"):
+        for name, columns, present in joint.roles.reported():
+            own = means[:, columns]
+            known = np.var(own if present is None else own[present], ddof=1)
+            found[name] = float(1 - known / variance[columns[0]])
+    return found
 
 
 def _undetermined(fit: Fit) -> list[str]:

@@ -51,7 +51,7 @@ def site_names(joint: Joint, name: str, size: int) -> list[str]:
     """Names of the `size` numbers of a population parameter, on its own scale or unconstrained;
     of a correlation matrix, those below the diagonal."""
     site = joint.roles.population[name]
-    effects = joint.roles.effects.get(site.effect, ())
+    effects = joint.roles.components(site.effect)
     stem = site.label or name
     if site.effect and len(joint.roles.effects) == 1:
         stem = name.removeprefix(f"{site.effect}_")

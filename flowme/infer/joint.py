@@ -234,7 +234,8 @@ class Joint:
     def individual(
         self, theta: jax.Array, weights: Weights, eta: jax.Array, study: Study
     ) -> dict[str, jax.Array]:
-        """Individual parameters by site, `[subject, parameter]`."""
+        """Individual parameters by site, `[subject, parameter]`, or `[subject, time, parameter]`
+        where they change in time."""
         sites = self.sites(self.constrain(theta), weights, eta, study)
         return {name: sites[name]["value"] for name in self.roles.individual}
 

@@ -255,7 +255,7 @@ def _place(joint: Joint, name: str) -> int:
         raise ValueError(f"expected a parameter among {list(names)}; got {name!r}.")
     place = names.index(name) if name in names else scalars[name]
     site_name, site = _site(joint, place)
-    effects = joint.roles.effects.get(site.effect, ())
+    effects = joint.roles.components(site.effect)
     where = joint.slices[site_name]
     if base_support(site.support) is constraints.corr_cholesky:
         alone = len(site.shape) == 2 and name.split("(")[-1].startswith(f"{effects[0]},")

@@ -47,6 +47,7 @@ def from_gaussian(key, joint: Joint, laws, first: Course | Fit, init, chosen=sli
     gaussian = first.joint.constrain(first.theta)
     for k, (name, law) in zip(keys[1:], laws.items(), strict=True):
         eta = np.asarray(first.joint.split(draws.reshape(-1, draws.shape[-1]))[name])
+        eta = eta.reshape(-1, len(law.names))  # one draw for each occasion, if between them
         parameters = {
             parameter.removeprefix(f"{name}_"): value
             for parameter, value in gaussian.items()
