@@ -421,19 +421,19 @@ class FlowRandomEffect(_Scaled):
         normal = -0.5 * jnp.sum(z**2 + jnp.log(2 * jnp.pi), -1)
         return normal + log_det + jnp.sum(jnp.log(jnp.diagonal(R))) - self._log_det()
 
+    # Those that it is standardised to; a flow that is free has them by quadrature.
     @property
     def mean(self):
-        return _quadrature(self)[0]
+        return jnp.zeros(self.event_shape) if self.centred else _quadrature(self)[0]
 
     @property
     def covariance_matrix(self):
-        return _quadrature(self)[1]
+        return self.scale_tril @ self.scale_tril.T if self.centred else _quadrature(self)[1]
 
 
 @jax.jit
 def _quadrature(law: FlowRandomEffect) -> tuple[jax.Array, jax.Array]:
-    """Mean and covariance of a flow, over other and more points than those that standardise it:
-    these know what is left over."""
+    """Mean and covariance of a flow."""
     eta = law.from_base(_normal_points(len(law.names), log2_count=12, seed=1))
     mean = eta.mean(0)
     return mean, (eta - mean).T @ (eta - mean) / eta.shape[0]

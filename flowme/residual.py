@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.typing import ArrayLike
 
+from flowme.autocorrelation import autocorrelated as autocorrelated
+
 
 def constant(f: ArrayLike, a: ArrayLike) -> dist.Distribution:
     """y = f + a ε, ε ~ N(0, 1). `a` has the unit of y."""

@@ -15,6 +15,7 @@ LAYERS = {
         "kernel_mixture",
         "semi_nonparametric",
         "residual",
+        "autocorrelation",
         "censoring",
         "outcomes",
         "normal_tail",

@@ -24,7 +24,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from scipy.stats import norm, qmc
 
-from flowme.infer.joint import Joint, Weights
+from flowme.infer.joint import Joint, Weights, draws_of
 from flowme.study import Study
 
 
@@ -206,11 +206,13 @@ class Component(NamedTuple):
 def population_law(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> Component:
     """The law of the random effects itself: no mode of p(η_i | y_i) is then out of reach, and
     importance weights are bounded whatever the tails."""
-    values = joint.constrain(theta)
-    return Component(
-        lambda key, count: joint.sample_effects(key, theta, weights, study, count),
-        jax.vmap(lambda eta: joint.terms(values, weights, eta, study)[1]),
-    )
+    laws = joint.laws(theta, weights, study)
+
+    def log_density(eta):
+        parts = zip(laws, joint.split(eta).values(), strict=True)
+        return sum((law.log_prob(part) for law, part in parts), jnp.zeros(eta.shape[0]))
+
+    return Component(lambda key, count: draws_of(laws, key, count), jax.vmap(log_density))
 
 
 def gaussian_law(mean: jax.Array, covariance: jax.Array, subjects: int) -> Component:
@@ -287,7 +289,7 @@ def likelihood_at(
 ) -> jax.Array:
     """log p(y_i | η_ik; θ) at the nodes, `[node, subject]`."""
     values = joint.constrain(theta)
-    return jax.vmap(lambda eta: joint.terms(values, weights, eta, study)[0])(nodes.eta)
+    return jax.vmap(lambda eta: joint.likelihood(values, weights, eta, study))(nodes.eta)
 
 
 def without_impossible(nodes: Nodes, likelihood: jax.Array, conditional: Conditional) -> Nodes:

@@ -207,10 +207,7 @@ class Joint:
         self, key: jax.Array, theta: jax.Array, weights: Weights, study: Study, count: int
     ) -> jax.Array:
         """`count` draws of every subject's η from the population, `[draw, subject, effect]`."""
-        laws = self.laws(theta, weights, study)
-        keys = jax.random.split(key, len(laws))
-        draws = [law.sample(k, (count,)) for k, law in zip(keys, laws, strict=True)]
-        return jnp.concatenate([d.reshape(*d.shape[:2], -1) for d in draws], -1)
+        return draws_of(self.laws(theta, weights, study), key, count)
 
     def effect_moments(
         self, key: jax.Array, theta: jax.Array, weights: Weights, study: Study
@@ -238,6 +235,13 @@ class Joint:
         where they change in time."""
         sites = self.sites(self.constrain(theta), weights, eta, study)
         return {name: sites[name]["value"] for name in self.roles.individual}
+
+
+def draws_of(laws: list[Any], key: jax.Array, count: int) -> jax.Array:
+    """`count` draws of every subject's η from the laws of its sites, `[draw, subject, effect]`."""
+    keys = jax.random.split(key, len(laws))
+    draws = [law.sample(k, (count,)) for k, law in zip(keys, laws, strict=True)]
+    return jnp.concatenate([d.reshape(*d.shape[:2], -1) for d in draws], -1)
 
 
 class _Known(Exception):

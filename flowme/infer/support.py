@@ -109,7 +109,7 @@ class Likelihood:
 def _all_subjects(joint: Joint, theta, weights, study, eta):
     """log p(y_i | η) of every subject at one and the same η, `[subject]`; NaN is impossible."""
     everywhere = jnp.broadcast_to(eta, (study.subjects.size, eta.shape[0]))
-    value = joint.terms(joint.constrain(theta), weights, everywhere, study)[0]
+    value = joint.likelihood(joint.constrain(theta), weights, everywhere, study)
     return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
 

@@ -97,7 +97,7 @@ def _derivatives(coordinates: Coordinates, theta, scale, weights, mean, study):
 
     def slope(theta):
         def total(eta):
-            return jnp.sum(joint.terms(joint.constrain(theta), weights, eta, study)[0])
+            return jnp.sum(joint.likelihood(joint.constrain(theta), weights, eta, study))
 
         return jax.grad(total)(mean)
 
