@@ -6,8 +6,9 @@ from pathlib import Path
 import flowme
 
 LAYERS = {
-    1: {"study", "table", "rows", "regimen", "events", "datasets"},
+    1: {"study", "table", "rows", "covariate_table", "regimen", "events", "datasets"},
     2: {
+        "covariate",
         "quantile",
         "flows",
         "effects",
