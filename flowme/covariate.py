@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 
 from flowme.study import Study
 
-__all__ = ["additive", "by_level", "exponential", "power"]
+__all__ = ["additive", "by_level", "exponential", "indicators", "power"]
 
 
 def power(x: ArrayLike, beta: ArrayLike, reference: ArrayLike) -> jax.Array:
@@ -98,12 +98,7 @@ def by_level(study: Study, name: str, betas: ArrayLike) -> jax.Array:
     Raises:
         ValueError: the covariate is not categorical, or the number of betas is another one.
     """
-    if name not in study.levels:
-        raise ValueError(
-            f"expected a categorical covariate of the study, one of {sorted(study.levels)}; got "
-            f"{name!r}. Read the table with categorical={name!r}."
-        )
-    levels = study.levels[name]
+    levels = _levels(study, name)
     betas = jnp.atleast_1d(jnp.asarray(betas, float))
     if betas.shape != (len(levels) - 1,):
         raise ValueError(
@@ -112,6 +107,33 @@ def by_level(study: Study, name: str, betas: ArrayLike) -> jax.Array:
         )
     terms = jnp.concatenate([jnp.zeros(1), betas])
     return terms.at[study.covariates[name]].get(mode="fill", fill_value=jnp.nan)
+
+
+def indicators(study: Study, name: str) -> jax.Array:
+    """The level of each subject as columns of 0 and 1, one for each level but the first: what a
+    conditional flow reads (`FlowRandomEffect(..., context=...)`).
+
+    Args:
+        study: the study.
+        name: a categorical covariate of it.
+
+    Returns:
+        `[subject, level - 1]`, or `[subject, time, level - 1]` if the covariate changes in time.
+
+    Raises:
+        ValueError: the covariate is not categorical.
+    """
+    others = jnp.arange(1, len(_levels(study, name)))
+    return (jnp.asarray(study.covariates[name])[..., None] == others).astype(float)
+
+
+def _levels(study: Study, name: str) -> tuple[Any, ...]:
+    if name not in study.levels:
+        raise ValueError(
+            f"expected a categorical covariate of the study, one of {sorted(study.levels)}; got "
+            f"{name!r}. Read the table with categorical={name!r}."
+        )
+    return study.levels[name]
 
 
 def _known(value: Any) -> np.ndarray | None:

@@ -109,6 +109,12 @@ def random_effect(
             f"component, `names=[...]`; got event shape {list(effect.event_shape)} and names "
             f"{names}."
         )
+    if effect.batch_shape not in ((), (subjects.size,)):
+        raise ValueError(
+            f"expected random effect {name!r} to have one law, or one for each of {subjects.size} "
+            f"subjects; got batch shape {list(effect.batch_shape)}. A context is of the subjects "
+            "of one study: write it in the model, not in replace_effect."
+        )
     about = {"role": "effect", "names": tuple(names)}
     with subject_plate(subjects):
         eta = numpyro.sample(name, effect, infer={"flowme": about})
