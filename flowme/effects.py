@@ -353,8 +353,11 @@ class FlowRandomEffect(_Scaled):
     with c and R at x_i: shape, dependence and (by D) variance depend on x, and E(η | x) = 0 for
     every x, not only on average. How the *mean* depends on covariates is thereby said in one
     place, the model (CL · (WT/70)^β · exp(η)). ω is the standard deviation at x = 0. The law has
-    a batch, `[subject]`. c and R are taken at 64 points for each subject (exact for a
-    `flows.MarginalMixture`, which is also much the cheaper). At the start nothing depends on x.
+    a batch, `[subject]`. Its flow is by default a `flows.MarginalMixture`, for which c and R are
+    exact: the shape of each coordinate depends on x, and their dependence on each other is that
+    of L. `flows.SplineCoupling()` lets that depend on x too (its conditioners see z_A and x), but
+    needs c and R at 64 points of each subject, at every step: minutes where the other takes
+    seconds. At the start nothing depends on x.
 
     The flow learns the function x -> law, which must be the same for every study: give x as
     fixed functions of the covariates, about 0 and with a spread of about 1, such as
@@ -368,8 +371,9 @@ class FlowRandomEffect(_Scaled):
     Args:
         names: names of the effects, in order.
         flow: the architecture; `flows.SplineCoupling()` by default, `flows.MarginalMixture()` for
-            a single effect. Small ones win: the unrestricted maximum-likelihood distribution is
-            discrete, so the size and the stopping time are the smoothing parameter.
+            a single effect and for a conditional flow. Small ones win: the unrestricted
+            maximum-likelihood distribution is discrete, so the size and the stopping time are the
+            smoothing parameter.
         centred: see above.
         omega: starting standard deviations ω, a number or `[effect]`, in the unit of η.
         omega_prior: law of each ω under full Bayes and MAP; HalfNormal(1) by default.
@@ -395,7 +399,8 @@ class FlowRandomEffect(_Scaled):
     ):
         names = _check_names(names)
         if flow is None:
-            flow = SplineCoupling() if len(names) > 1 else MarginalMixture()
+            coupled = len(names) > 1 and context is None
+            flow = SplineCoupling() if coupled else MarginalMixture()
         if not isinstance(flow, Flow):
             raise TypeError(f"expected a flowme.flows.Flow; got {flow!r}.")
         self.context = None if context is None else _standardised(context)
