@@ -1,5 +1,6 @@
 """flowme: nonlinear mixed-effects models in NumPyro, with learned random-effect distributions."""
 
+from flowme import covariate as covariate
 from flowme import datasets, flows, outcomes, plots, residual
 from flowme.closed_forms import (
     iv_one_compartment,

@@ -5,6 +5,10 @@ An architecture is a frozen, hashable description (how many layers, how wide). I
 bijector u = T(z) they stand for. Distrax objects are rebuilt where they are used and never cross
 a `jit` or `vmap` boundary, which some of them cannot.
 
+A flow may read covariates x `[covariate]` (`context` of them): u = T(z; x), a law for each x. Its
+conditioners then see x beside what they saw, its marginals are those that a small network gives
+for x, and so is the factor by which the scale of each coordinate differs, `spread`.
+
 Every architecture starts exactly at the identity: the last layer of each conditioner is zero.
 """
 
@@ -36,6 +40,7 @@ class Flow(abc.ABC):
     """
 
     standard: ClassVar[bool] = False
+    context = 0  # covariates that the flow reads
 
     @abc.abstractmethod
     def _layers(self, dim: int) -> list[tuple[nn.Module, jax.ShapeDtypeStruct]]: ...
@@ -43,9 +48,28 @@ class Flow(abc.ABC):
     @abc.abstractmethod
     def _chain(self, conditioners: list[Any], dim: int) -> list[distrax.Bijector]: ...
 
+    def reading(self, covariates: int) -> Flow:
+        """The same architecture, reading so many covariates."""
+        if "context" not in {field.name for field in dataclasses.fields(self)}:  # type: ignore
+            raise ValueError(
+                f"expected a flow that can read covariates; got {self}. SplineCoupling and "
+                "MarginalMixture can."
+            )
+        return dataclasses.replace(self, context=covariates)  # type: ignore
+
+    def _modules(self, dim: int) -> list[tuple[nn.Module, jax.ShapeDtypeStruct]]:
+        """The layers and, of a flow that reads covariates, the one that gives the spread."""
+        layers = self._layers(dim)
+        if self.context:
+            covariates = jax.ShapeDtypeStruct((self.context,), jnp.zeros(()).dtype)
+            layers.append((_Spread(dim), covariates))
+        return layers
+
     def _shapes(self, dim: int) -> Any:
         keys = jax.eval_shape(lambda: jax.random.key(0))
-        return [jax.eval_shape(module.init, keys, example) for module, example in self._layers(dim)]
+        return [
+            jax.eval_shape(module.init, keys, example) for module, example in self._modules(dim)
+        ]
 
     def size(self, dim: int) -> int:
         """Number of weights for `dim` dimensions."""
@@ -53,7 +77,7 @@ class Flow(abc.ABC):
 
     def init(self, key: jax.Array, dim: int) -> jax.Array:
         """Starting weights `[weight]`: random hidden layers, zero last layers (T = identity)."""
-        layers = self._layers(dim)
+        layers = self._modules(dim)
         keys = jax.random.split(key, len(layers))
         variables = [
             module.init(k, jnp.zeros(example.shape, example.dtype))
@@ -84,15 +108,35 @@ class Flow(abc.ABC):
                 number.append(np.full(math.prod(leaf.shape), -1))
                 continue
             # The last axis runs over (coordinate, its parameters).
-            parameters = self._layers(dim)[path[0].idx][0].parameters
-            coordinates = leaf.shape[-1] // parameters
-            own = len(kinds) + np.repeat(np.arange(coordinates), parameters)
+            module = self._modules(dim)[path[0].idx][0]
+            coordinates = leaf.shape[-1] // module.parameters
+            own = len(kinds) + np.repeat(np.arange(coordinates), module.parameters)
             number.append(np.broadcast_to(own, leaf.shape).ravel())
-            kinds += [name.endswith("['kernel']")] * coordinates
+            coupled = name.endswith("['kernel']") and not isinstance(module, _Given | _Spread)
+            kinds += [coupled] * coordinates
         return np.concatenate(number), np.array(kinds)
 
-    def bijector(self, weights: jax.Array, dim: int) -> distrax.Bijector:
-        """The bijector T whose weights are `weights`, on events of shape `[dim]`."""
+    def bijector(
+        self, weights: jax.Array, dim: int, x: jax.Array | None = None
+    ) -> distrax.Bijector:
+        """The bijector T whose weights are `weights`, on events of shape `[dim]`; of a flow that
+        reads covariates that at x `[..., covariate]`, on events `[..., dim]`."""
+        conditioners = self._conditioners(weights, dim, x)[: len(self._layers(dim))]
+        # distrax.Chain applies its last element first.
+        return distrax.Chain(self._chain(conditioners, dim)[::-1])
+
+    def spread(self, weights: jax.Array, dim: int, x: jax.Array) -> jax.Array:
+        """The factor of the scale of each coordinate at x `[..., covariate]`: `[..., dim]`, 1 at
+        x = 0."""
+        return jnp.exp(self._conditioners(weights, dim, x)[-1](jnp.zeros(0)))
+
+    def _conditioners(self, weights: jax.Array, dim: int, x: jax.Array | None) -> list[Any]:
+        """The conditioner of each layer, with its weights; it sees x beside its input."""
+        if (x is None) != (self.context == 0) or (x is not None and x.shape[-1] != self.context):
+            raise ValueError(
+                f"expected {self.context or 'no'} covariates for {self}; got "
+                f"{'none' if x is None else f'shape {list(x.shape)}'}."
+            )
         leaves, tree = jax.tree.flatten(self._shapes(dim))
         sizes = [math.prod(leaf.shape) for leaf in leaves]
         if weights.shape != (sum(sizes),):
@@ -103,12 +147,18 @@ class Flow(abc.ABC):
         parts = jnp.split(weights, np.cumsum(sizes)[:-1])
         pieces = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
         variables = jax.tree.unflatten(tree, pieces)
-        conditioners = [
-            lambda x, module=module, v=v: module.apply(v, x)
-            for (module, _), v in zip(self._layers(dim), variables, strict=True)
+        return [
+            lambda z, module=module, v=v: module.apply(v, _beside(z, x))
+            for (module, _), v in zip(self._modules(dim), variables, strict=True)
         ]
-        # distrax.Chain applies its last element first.
-        return distrax.Chain(self._chain(conditioners, dim)[::-1])
+
+
+def _beside(z: jax.Array, x: jax.Array | None) -> jax.Array:
+    """z and x side by side, along the last axis."""
+    if x is None:
+        return z
+    batch = jnp.broadcast_shapes(z.shape[:-1], x.shape[:-1])
+    return jnp.concatenate([jnp.broadcast_to(y, (*batch, y.shape[-1])) for y in (z, x)], -1)
 
 
 class _Conditioner(nn.Module):
@@ -136,6 +186,34 @@ class _Conditioner(nn.Module):
         return last(x).reshape(*x.shape[:-1], self.transformed, self.parameters)
 
 
+class _Given(_Conditioner):
+    """The parameters of marginals, given covariates alone."""
+
+
+class _Spread(nn.Module):
+    """x -> logarithm of the factor of each scale, `[dim]`; 0 at x = 0, and at the start."""
+
+    dim: int
+    parameters = 1
+
+    @nn.compact
+    def __call__(self, x):
+        zeros = nn.initializers.zeros
+        last = nn.Dense(
+            self.dim, dtype=x.dtype, param_dtype=x.dtype, kernel_init=zeros, use_bias=False,
+            name=_LAST,
+        )  # fmt: skip
+        return last(x)
+
+
+def _marginals(dim: int, components: int, width: int, context: int):
+    """The layer of marginal mixtures: free, or given `context` covariates."""
+    module: nn.Module = _Free(dim, 3 * components)
+    if context:
+        module = _Given(width, 1, dim, 3 * components, shapes=True)
+    return module, jax.ShapeDtypeStruct((context,), jnp.zeros(()).dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class SplineCoupling(Flow):
     """Rational-quadratic-spline coupling layers (Durkan et al. 2019, arXiv 1906.04032).
@@ -152,6 +230,7 @@ class SplineCoupling(Flow):
         bins: bins of each spline.
         bound: half width of the splines' range, in standard deviations of the base.
         components: of the mixture that shapes each marginal; 0: none, the splines do it.
+        context: covariates that it reads.
     """
 
     layers: int = 2
@@ -160,6 +239,7 @@ class SplineCoupling(Flow):
     bins: int = 4
     bound: float = 3.0
     components: int = 3
+    context: int = 0
 
     def __post_init__(self):
         _check_counts(self, "layers", "width", "depth", "bins")
@@ -185,15 +265,13 @@ class SplineCoupling(Flow):
             module = _Conditioner(
                 self.width, self.depth, dim - kept, 3 * self.bins + 1, not self.components
             )
-            layers.append((module, jax.ShapeDtypeStruct((kept,), dtype)))
+            layers.append((module, jax.ShapeDtypeStruct((kept + self.context,), dtype)))
         if self.components:
-            free = _Free(dim, 3 * self.components)
-            layers.append((free, jax.ShapeDtypeStruct((dim,), dtype)))
+            layers.append(_marginals(dim, self.components, self.width, self.context))
         return layers
 
     def start(self, key, z, subjects):
-        weights = self.init(key, z.shape[1])
-        return _with_marginals(weights, z, self.components, subjects)
+        return _with_marginals(self, self.init(key, z.shape[1]), z, subjects)
 
     def _chain(self, conditioners, dim):
         couplings = conditioners[: self.layers]
@@ -261,37 +339,46 @@ class MarginalMixture(Flow):
 
     Args:
         components: of each mixture.
+        width: hidden units of the network that gives them for covariates, where it reads some.
+        context: covariates that it reads.
     """
 
     components: int = 3
+    width: int = 4
+    context: int = 0
     standard: ClassVar[bool] = (
         True  # F is standardised (`flowme.quantile`), coordinates independent
     )
 
     def __post_init__(self):
-        _check_counts(self, "components")
+        _check_counts(self, "components", "width")
 
     def _layers(self, dim):
-        example = jax.ShapeDtypeStruct((dim,), jnp.zeros(()).dtype)
-        return [(_Free(dim, 3 * self.components), example)]
+        return [_marginals(dim, self.components, self.width, self.context)]
 
     def start(self, key, z, subjects):
-        return _with_marginals(self.init(key, z.shape[1]), z, self.components, subjects)
+        return _with_marginals(self, self.init(key, z.shape[1]), z, subjects)
 
     def _chain(self, conditioners, dim):
         return [_quantile(conditioners[0], dim, self.components)]
 
 
 def _quantile(conditioner: Any, dim: int, components: int) -> MixtureQuantile:
-    return MixtureQuantile(conditioner(jnp.zeros(dim)).reshape(dim, 3, components))
+    parameters = conditioner(jnp.zeros(0))
+    return MixtureQuantile(parameters.reshape(*parameters.shape[:-2], dim, 3, components))
 
 
-def _with_marginals(weights: jax.Array, z: np.ndarray, components: int, subjects: int) -> jax.Array:
-    """The weights, the last of them, those of the marginals, fitted to the draws z."""
-    if not components:
+def _with_marginals(flow: Any, weights: jax.Array, z: np.ndarray, subjects: int) -> jax.Array:
+    """The weights, those of the marginals (at x = 0) fitted to the draws z."""
+    if not flow.components:
         return weights
-    marginals = fit_marginals(z, components, subjects).ravel()
-    return weights.at[-marginals.size :].set(marginals)
+    # Equal components would stay equal for every x, and the mixture of laws that differ by x may
+    # look Gaussian: a flow that reads covariates starts from components that differ.
+    marginals = fit_marginals(z, flow.components, subjects, always=flow.context > 0).ravel()
+    end = len(weights)
+    if flow.context:  # behind them stand how they depend on x, and the spread
+        end -= flow.width * marginals.size + flow.context * z.shape[1]
+    return weights.at[end - marginals.size : end].set(marginals)
 
 
 def _spline(parameters: jax.Array, bound: float) -> distrax.Bijector:

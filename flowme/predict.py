@@ -48,10 +48,11 @@ def predict(
         Outcome -> `[subject, time]`, in the unit of the outcome; NaN where the study is padded.
 
     Raises:
-        ValueError: `study` has a subject that was not fitted, and `population` is False.
+        ValueError: `study` has a subject that was not fitted, and `population` is False; or a
+            level of a categorical covariate that the study fitted does not have.
     """
     point = estimate(result, conditional=not population)
-    study = point.study if study is None else study
+    study = point.study if study is None else study.with_levels(point.study.levels)
     if point.eta is None:
         eta = jnp.zeros((study.subjects.size, point.joint.effect_size))
     else:
@@ -78,11 +79,14 @@ def simulate(
 
     Returns:
         Outcome -> `[replicate, subject, time]`; NaN where the study is padded.
+
+    Raises:
+        ValueError: `study` has a level of a categorical covariate that the study fitted does not.
     """
     if replicates < 1:
         raise ValueError(f"expected at least 1 replicate; got {replicates}.")
     point = estimate(result, conditional=False)
-    study = point.study if study is None else study
+    study = point.study if study is None else study.with_levels(point.study.levels)
     key_theta, key = jax.random.split(key)
     thetas = jax.random.choice(key_theta, point.thetas, (replicates,))
     keys = jax.random.split(key, replicates)

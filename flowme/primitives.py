@@ -122,8 +122,19 @@ def random_effect(
             f"component, `names=[...]`; got event shape {list(effect.event_shape)} and names "
             f"{names}."
         )
+    if effect.batch_shape not in ((), (subjects.size,)):
+        raise ValueError(
+            f"expected random effect {name!r} to have one law, or one for each of {subjects.size} "
+            f"subjects; got batch shape {list(effect.batch_shape)}. A context is of the subjects "
+            "of one study: write it in the model, not in replace_effect."
+        )
     about: dict[str, Any] = {"role": "effect", "names": tuple(names)}
     if isinstance(subjects, Occasions):
+        if effect.batch_shape:
+            raise ValueError(
+                f"expected one law for random effect {name!r} between occasions; got batch shape "
+                f"{list(effect.batch_shape)}: give the context to the effects of the subjects."
+            )
         effect = PerOccasion(effect, subjects.most)
         about |= {"names": effect.names, "present": subjects.present}
     with subject_plate(subjects):
@@ -279,7 +290,7 @@ def _fill_unobserved(law, values, mask):
     return jax.tree.map(fill, law), fill(values)
 
 
-def subject_plate(subjects: Subjects) -> numpyro.plate:
+def subject_plate(subjects: Subjects | Occasions) -> numpyro.plate:
     """`numpyro.plate("subject", ...)`: statements in it are one per subject."""
     return numpyro.plate("subject", subjects.size, dim=-1)
 

@@ -28,7 +28,7 @@ class MixtureQuantile(distrax.Bijector):
 
     Args:
         weights: log π_k (up to a constant), location and log scale of every component,
-            `[dim, 3, component]`.
+            `[..., dim, 3, component]`; leading axes are those of z before its last.
     """
 
     def __init__(self, weights: jax.Array):
@@ -38,7 +38,7 @@ class MixtureQuantile(distrax.Bijector):
         share, scale = jnp.exp(log_share), jnp.exp(log_scale)
         loc = loc - jnp.sum(share * loc, -1, keepdims=True)
         spread = jnp.sqrt(jnp.sum(share * (scale**2 + loc**2), -1, keepdims=True))
-        self._mixture = log_share, loc / spread, scale / spread  # each [dim, component]
+        self._mixture = log_share, loc / spread, scale / spread  # each [..., dim, component]
 
     def inverse_and_log_det(self, y):
         return _inverse(self._mixture, y)
@@ -57,15 +57,36 @@ def _inverse(mixture, u):
 @jax.jit
 def _forward(mixture, z):
     """u = F⁻¹(Φ(z)) and log |du/dz|, summed over coordinates."""
-    # Read off a table, then by Newton steps: the last one carries the derivatives.
+    # Nearly, then by Newton steps: the last one carries the derivatives.
     to, held = jax.lax.stop_gradient((z, mixture))
-    grid = jnp.linspace(-_WIDE, _WIDE, _GRID)
-    table = _normal_score(held, jnp.broadcast_to(grid[:, None], (_GRID, z.shape[-1])))
-    read = jax.vmap(lambda z, t: jnp.interp(z, t, grid), in_axes=1, out_axes=1)
-    u = read(to.reshape(-1, z.shape[-1]), table).reshape(z.shape)
-    u = jax.lax.fori_loop(0, 4, lambda _, u: _newton(held, u, to), u)
+    nearly = _between if mixture[0].ndim > 2 else _read
+    u = jax.lax.fori_loop(0, 4, lambda _, u: _newton(held, u, to), nearly(held, to))
     u = _newton(mixture, u, z)
     return u, -jnp.sum(_log_slope(mixture, u, z), -1)
+
+
+def _read(mixture, z):
+    """F⁻¹(Φ(z)) off a table: of one mixture for all z."""
+    grid = jnp.linspace(-_WIDE, _WIDE, _GRID)
+    table = _normal_score(mixture, jnp.broadcast_to(grid[:, None], (_GRID, z.shape[-1])))
+    read = jax.vmap(lambda z, t: jnp.interp(z, t, grid), in_axes=1, out_axes=1)
+    return read(z.reshape(-1, z.shape[-1]), table).reshape(z.shape)
+
+
+def _between(mixture, z):
+    """F⁻¹(Φ(z)) by halving the interval between the least and the largest of its components'
+    quantiles: where every z has a mixture of its own, a table would be of many points for one."""
+    _, loc, scale = mixture
+    each = loc + scale * z[..., None]
+
+    def halve(_, ends):
+        low, high = ends
+        middle = 0.5 * (low + high)
+        above = _normal_score(mixture, middle) > z
+        return jnp.where(above, low, middle), jnp.where(above, middle, high)
+
+    low, high = jax.lax.fori_loop(0, 10, halve, (each.min(-1), each.max(-1)))
+    return 0.5 * (low + high)
 
 
 def _newton(mixture, u, z):
@@ -109,14 +130,18 @@ def _log_slope(mixture, u, z):
     return density + 0.5 * z**2
 
 
-def fit_marginals(z: np.ndarray, components: int, subjects: int) -> np.ndarray:
+def fit_marginals(
+    z: np.ndarray, components: int, subjects: int, always: bool = False
+) -> np.ndarray:
     """Starting weights `[dim, 3, component]` from draws `z` `[draw, dim]` of `subjects` subjects:
-    per coordinate a mixture by EM, or the Gaussian where BIC asks for no more."""
+    per coordinate a mixture by EM, or the Gaussian where BIC asks for no more and `always` is not
+    asked for."""
     weights = np.zeros((z.shape[1], 3, components))
     for j, x in enumerate(((z - z.mean(0)) / z.std(0)).T):
         share, loc, scale, mean_log = _em(x, components)
         gaussian = -0.5 * (1 + np.log(2 * np.pi))
-        if 2 * subjects * (mean_log - gaussian) > (3 * components - 3) * np.log(subjects):
+        price = (3 * components - 3) * np.log(subjects)
+        if always or 2 * subjects * (mean_log - gaussian) > price:
             weights[j] = np.log(share), loc, np.log(scale)
     return weights
 

@@ -20,7 +20,7 @@ from numpyro.distributions.distribution import validation_enabled
 from numpyro.handlers import seed, trace
 from numpyro.primitives import Messenger
 
-from flowme.effects import RandomEffect
+from flowme.effects import FlowRandomEffect, RandomEffect
 from flowme.study import Study
 
 
@@ -189,7 +189,9 @@ class _Declared(Messenger):
 
     def postprocess_message(self, msg):
         if msg["type"] == "random_effect":
-            self.laws[msg["effect"]] = msg["value"]
+            law = msg["value"]
+            # Covariates are of the study at hand: what is kept of the law holds for any.
+            self.laws[msg["effect"]] = law.typical() if isinstance(law, FlowRandomEffect) else law
 
 
 def _about(site: dict) -> dict[str, Any]:

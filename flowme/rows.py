@@ -1,4 +1,4 @@
-"""The rows of a table as arrays: doses, outcomes and covariates, refused if anything is wrong."""
+"""The rows of a table as arrays: doses and outcomes, refused if anything is wrong."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from flowme.covariate_table import Covariates, Stated, read_covariates, remark
 from flowme.events import Timeline
 from flowme.occasions import read_occasions
 from flowme.regimen import Regimen, read_regimen, write_out
@@ -31,13 +32,17 @@ class Rows(NamedTuple):
     line: Timeline  # the rows in the order of the table, then additional doses
     row: np.ndarray  # [item] the row of the table that it comes from
     outcomes: Outcomes
-    covariates: dict[str, np.ndarray]  # name -> [row]
+    covariates: Covariates
     occasions: dict[str, np.ndarray]  # name -> [row]
     columns: Columns  # where the levels of `outcome_type` name the outcomes
 
 
 def read_rows(
-    frame: pd.DataFrame, columns: Columns, units: dict[str, str], keep_unobserved: bool
+    frame: pd.DataFrame,
+    columns: Columns,
+    stated: Stated,
+    units: dict[str, str],
+    keep_unobserved: bool,
 ) -> Rows:
     """Reads all rows, and refuses the table if anything is wrong with it."""
     if frame.empty:
@@ -48,14 +53,12 @@ def read_rows(
     time = table.numbers(columns.time, True)
     kinds = _kinds(table, columns)
     outcomes, columns = _read_outcomes(table, columns, kinds)
-    covariates = {n: table.numbers(n, True) for n in columns.covariates + columns.time_varying}
-    for name in columns.covariates:
-        _refuse_changes(table, name, code, covariates[name])
+    covariates = read_covariates(table, columns, stated, code, time)
     occasions = read_occasions(table, columns.occasions, code, time)
     _refuse_early_doses(table, code, time, kinds.regimen)
     for name, observed in outcomes.observed.items():
         _refuse_duplicates(table, name, code, time, observed)
-    nameable = ["time", "amount", *outcomes.values, *covariates]
+    nameable = ["time", "amount", *outcomes.values, *covariates.values]
     table.findings += [
         f"expected units of {', '.join(nameable)}; got {name!r}"
         for name in units
@@ -69,6 +72,7 @@ def read_rows(
     if table.findings:
         raise StudyError(table.findings)
     _warn_of_order(code, time, ids.tolist())
+    remark(covariates)
     line, row = write_out(kinds.regimen, code, time)
     return Rows(tuple(ids.tolist()), line, row, outcomes, covariates, occasions, columns)
 
@@ -143,7 +147,7 @@ def _refuse_early_doses(table: Table, code: np.ndarray, time: np.ndarray, regime
         latest[code[row]] = max(before, time[row])
 
 
-# Outcomes and covariates --------------------------------------------------------------------------
+# Outcomes -----------------------------------------------------------------------------------------
 
 
 def _read_outcomes(table: Table, columns: Columns, kinds: _Kinds) -> tuple[Outcomes, Columns]:
@@ -229,22 +233,6 @@ def _levels(
         censored=dict.fromkeys(levels, censored) if censored is not None else {},
         limit=dict.fromkeys(levels, limit) if limit is not None else {},
     )
-
-
-def _refuse_changes(table: Table, name: str, code: np.ndarray, values: np.ndarray) -> None:
-    """One finding for each subject whose covariate changes: the first row that differs."""
-    first: dict[int, int] = {}
-    told: set[int] = set()
-    for row in np.flatnonzero(np.isfinite(values) & (code >= 0)).tolist():
-        before = first.setdefault(code[row], row)
-        if values[row] != values[before] and code[row] not in told:
-            told.add(code[row])
-            table.found(
-                row,
-                f"covariate {name!r} constant within a subject",
-                f"{values[row]:g} here and {values[before]:g} in {table.name(before)}. "
-                "Name it in time_varying=... if it changes",
-            )
 
 
 def _refuse_duplicates(

@@ -124,9 +124,9 @@ def given_doses(study: Study, dtype: Any, which: Array) -> Given:
     """The records and doses of all subjects."""
     doses = study.doses
     floats = (study.time, doses.time, doses.amount, doses.rate, doses.duration, doses.interval)
-    whole = (doses.compartment, study.events.dose, doses.infusions, doses.resets, doses.steady)
-    whole = (*whole, which)
-    return Given(*(jnp.asarray(x, dtype) for x in floats), *(jnp.asarray(x) for x in whole))
+    numbers = (doses.compartment, study.events.dose, doses.infusions, doses.resets, doses.steady)
+    whole = [jnp.asarray(x) for x in (*numbers, which)]
+    return Given(*(jnp.asarray(x, dtype) for x in floats), *whole)
 
 
 def still(study: Study, states: int, dtype: Any) -> dict[str, Array]:

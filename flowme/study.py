@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from flowme.covariate_table import state, write_levels
 from flowme.events import Doses, Events, arrange_doses, arrange_events, events_at, lay_out
 from flowme.occasions import Occasions, arrange_occasions
 from flowme.rows import Rows, read_rows
@@ -39,6 +40,9 @@ class _Labels:
     dose_rows: np.ndarray  # [subject, dose] likewise
     written: np.ndarray  # [subject, dose] where a dose is written in its row: no additional one
     measured: dict[str, np.ndarray]  # outcome -> [subject, time], as in `frame`
+    levels: dict[str, tuple[Any, ...]]  # of categorical covariates
+    filled: dict[str, np.ndarray]  # covariate -> [subject, time], where its cell is empty
+    linear: tuple[str, ...]  # covariates that are linear between records
 
     # Labels are static data of the pytree, hence part of every jit cache key. Any two count as
     # equal, so that another study of the same shape does not recompile. The price: a Study that
@@ -62,6 +66,7 @@ class _Labels:
             dose_rows=np.searchsorted(kept, self.dose_rows[subjects]),
             written=self.written[subjects],
             measured={name: mask[subjects] for name, mask in self.measured.items()},
+            filled={name: mask[subjects] for name, mask in self.filled.items()},
         )
 
 
@@ -85,7 +90,8 @@ class Study:
         limit: Outcome -> [subject, time], the other end of the interval in which a censored
             measurement lies: [limit, value] for 1, [value, limit] for -1; NaN where there is
             none; only for outcomes that have limits.
-        covariates: Name -> [subject], or [subject, time] if changing in time (padded by the last).
+        covariates: Name -> [subject], or [subject, time] if changing in time (padded by the last);
+            of a categorical one the codes 0, 1, ... of its `levels`.
         occasions: Name -> `Occasions`, from coarse to fine.
         doses: The doses, [subject, dose].
         events: Records, doses and ends of infusions as one sequence, [subject, event].
@@ -114,7 +120,9 @@ class Study:
         outcome: str | Sequence[str] | Mapping[str, str] | None = None,
         *,
         covariates: str | Iterable[str] = (),
-        time_varying: str | Iterable[str] = (),
+        time_varying: str | Iterable[str] | Mapping[str, str] = (),
+        categorical: str | Iterable[str] | Mapping[str, Iterable[Any] | None] = (),
+        missing_covariates: Mapping[str, Any] | None = None,
         amount: str | None = None,
         event: str | None = None,
         missing: str | None = None,
@@ -144,7 +152,22 @@ class Study:
             outcome: Column of measurements; `{"conc": "DV"}` to give it another name; or several
                 columns, where an empty cell means "not measured in this row".
             covariates: Columns that are constant within a subject.
-            time_varying: Columns of covariates that may change in time.
+            time_varying: Columns of covariates that may change in time. Between two records a
+                covariate keeps the value of the earlier one; with `{"WT": "linear"}` in place of
+                `{"WT": "carried"}` it runs linearly from one to the other. Before the first
+                record and after the last it has their values. (Only `Study.at` looks between
+                records.)
+            categorical: Covariates that have levels instead of numbers: columns of text, or of
+                numbers that only name something. `{"SEX": ["F", "M"]}` gives the levels in order,
+                and any other is refused; `"SEX"` or `{"SEX": None}` takes those that occur,
+                sorted. A column of pandas' dtype "category" is categorical unasked, its levels in
+                the order of its categories. A name that is not in `time_varying` is constant
+                within a subject.
+            missing_covariates: What stands in for empty cells of a covariate, which are refused
+                without it: a number or level, `{"WT": 70.0}`; `"median"` over subjects (of the
+                median of each one's values); or `"carried"`, the last value of the same subject,
+                and its first one before that. Of a covariate that is constant within a subject, a
+                value in any of the subject's rows comes first.
             amount: Column of dose amounts.
             event: Column saying what a row is: 0 a measurement, 1 a dose, 2 neither, 3 a reset, 4 a
                 reset and a dose. Without it, a row with a positive amount is a dose and every
@@ -180,7 +203,8 @@ class Study:
                 most often the time is wrong.
 
         Warns:
-            StudyWarning: If rows had to be sorted by time, or those of a subject gathered.
+            StudyWarning: If rows had to be sorted by time, or those of a subject gathered; and
+                what was filled in for empty cells of covariates, and of whom.
         """
         named = {
             "subject": subject,
@@ -201,8 +225,11 @@ class Study:
             "occasions": occasions,
         }
         units = dict(units or {})
-        columns = find_columns(frame, named, covariates, time_varying)
-        return _arrange(read_rows(frame, columns, units, keep_unobserved), frame.copy(), units)
+        names, stated = state(covariates, time_varying, categorical, missing_covariates)
+        columns = find_columns(frame, named, names, tuple(stated.between))
+        rows = read_rows(frame, columns, stated, units, keep_unobserved)
+        linear = tuple(name for name, rule in stated.between.items() if rule == "linear")
+        return _arrange(rows, frame.copy(), units, linear)
 
     @classmethod
     def from_csv(cls, path: str | Path, *args: Any, **kwargs: Any) -> "Study":
@@ -239,6 +266,12 @@ class Study:
         return tuple(self.observed)
 
     @property
+    def levels(self) -> dict[str, tuple[Any, ...]]:
+        """Levels of the categorical covariates by name: that of code 0, of code 1, ... A program
+        compiled for one study serves others of its shape, so it must not depend on them."""
+        return dict(self.labels.levels)
+
+    @property
     def units(self) -> dict[str, str]:
         """Units by name, as given."""
         return dict(self.labels.units)
@@ -248,7 +281,7 @@ class Study:
 
         Times, measurements, doses and covariates come from the arrays, so that changed values
         show; identifiers and unused columns are as they were. A cell that is no longer observed
-        becomes NaN.
+        becomes NaN; one of a covariate that was empty stays so.
         """
         frame = self.labels.frame.copy()
         columns, rows, recorded = self.labels.columns, self.labels.rows, np.asarray(self.recorded)
@@ -265,8 +298,12 @@ class Study:
         for name, covariate in self.covariates.items():
             covariate = np.asarray(covariate)
             covariate = covariate[:, None] if covariate.ndim == 1 else covariate
-            cells = np.broadcast_to(covariate, recorded.shape)[recorded]
-            write_column(frame, name, rows[recorded], cells)
+            read = recorded & ~self.labels.filled.get(name, np.zeros_like(recorded))
+            cells = np.broadcast_to(covariate, recorded.shape)[read]
+            if name in self.levels:
+                write_levels(frame, name, rows[read], self.levels[name], cells)
+            else:
+                write_column(frame, name, rows[read], cells)
         for role in ("amount", "rate", "duration", "compartment"):
             named, dose = getattr(columns, role), np.asarray(getattr(self.doses, role))
             if named is not None:
@@ -280,9 +317,7 @@ class Study:
         for subject, dose in np.argwhere(labels.written) if column is not None else ():
             row = labels.dose_rows[subject, dose]
             if labels.frame[column].iloc[row] == compartment:
-                word = labels.frame.index.name
-                word = word if isinstance(word, str) else "row"
-                return f" ({word} {labels.frame.index[row]!r}, subject {self.ids[subject]!r})"
+                return f" ({self._row_name(row)}, subject {self.ids[subject]!r})"
         return ""
 
     def subset(
@@ -314,11 +349,12 @@ class Study:
     def at(self, times: Array) -> "Study":
         """The same subjects at other times, with nothing measured: for predictions on a grid.
 
-        Doses and constant covariates stay. A covariate that changes in time, and the occasion, is
-        carried forward from the last record, and before the first record it is that record's.
-        Every outcome is to be sampled at every time. A record at the time of a dose sees the state
-        after it. An ODE starts where it did, at a subject's first record, or at the first of
-        `times` if earlier.
+        Doses and constant covariates stay. A covariate that changes in time is carried forward
+        from the last record or, where so stated (`time_varying={"WT": "linear"}`), linear between
+        two; before the first record it is that record's, after the last likewise. An occasion is
+        carried forward. Every outcome is to be sampled at every time. A record at the time of a
+        dose sees the state after it. An ODE starts where it did, at a subject's first record, or
+        at the first of `times` if earlier.
 
         Args:
             times: The new times, increasing: [time], the same for all, or [subject, time].
@@ -340,7 +376,7 @@ class Study:
             censored={},
             limit={},
             covariates={
-                name: np.take_along_axis(value, last, 1) if value.ndim == 2 else value
+                name: self._between(name, time, last) if value.ndim == 2 else value
                 for name, value in self.covariates.items()
             },
             occasions={
@@ -350,6 +386,64 @@ class Study:
             events=events_at(time, self.time[:, 0], self.doses, self.compartments),
         )
         return replace(blank, labels=_dense_labels(blank))
+
+    def _between(self, name: str, time: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """A covariate that changes in time at other times, `last` being the record before each."""
+        value = self.covariates[name]
+        before = np.take_along_axis(value, last, 1)
+        if name not in self.labels.linear:
+            return before
+        after = np.minimum(last + 1, value.shape[1] - 1)
+        start, end = (np.take_along_axis(self.time, where, 1) for where in (last, after))
+        share = np.clip(time - start, 0, None) / np.where(end > start, end - start, np.inf)
+        return before + share * (np.take_along_axis(value, after, 1) - before)
+
+    def with_levels(self, levels: Mapping[str, Sequence[Any]]) -> "Study":
+        """The study with its categorical covariates coded by other levels.
+
+        What a fit predicts for another study it reads in the levels of its own
+        (`study.with_levels(fit.study.levels)`): the same name is then the same code, whichever
+        levels occur and in whatever order.
+
+        Args:
+            levels: Name -> levels, in the order of their codes; of covariates that the study has.
+
+        Returns:
+            The study with these codes.
+
+        Raises:
+            ValueError: If a subject has a level that is not among them, or if a covariate is not
+                categorical here.
+        """
+        labels, covariates = self.labels, dict(self.covariates)
+        for name in [name for name in levels if name in covariates]:
+            known = tuple(levels[name])
+            if name not in labels.levels:
+                raise ValueError(
+                    f"expected {name!r} to be categorical, with levels {list(known)}; got numbers. "
+                    f"Read it with categorical={{{name!r}: {list(known)}}}."
+                )
+            place = {level: code for code, level in enumerate(known)}
+            codes = np.array([place.get(level, -1) for level in labels.levels[name]], np.int32)
+            recoded = codes[covariates[name]]
+            if (recoded < 0).any():
+                self._refuse_level(name, np.argwhere(recoded < 0)[0], known)
+            covariates[name] = recoded
+        kept = {n: tuple(levels.get(n, own)) for n, own in labels.levels.items()}
+        return replace(self, covariates=covariates, labels=replace(labels, levels=kept))
+
+    def _refuse_level(self, name: str, where: np.ndarray, known: tuple[Any, ...]) -> None:
+        subject, record = where[0], where[1] if len(where) > 1 else 0
+        code = self.covariates[name][tuple(where)]
+        row = self._row_name(self.labels.rows[subject, record])
+        raise ValueError(
+            f"{row}, subject {self.ids[subject]!r}: expected a level of {name!r} that the model "
+            f"was fitted with, one of {list(known)}; got {self.labels.levels[name][code]!r}."
+        )
+
+    def _row_name(self, row: int) -> str:
+        word = self.labels.frame.index.name
+        return f"{word if isinstance(word, str) else 'row'} {self.labels.frame.index[row]!r}"
 
     def _checked(self, times: Array) -> np.ndarray:
         time = np.asarray(times, np.float64)
@@ -439,6 +533,10 @@ class Study:
                 text += f" ({np.count_nonzero(self.censored[name])} censored)"
             return text if name in self.values else text + " (to be sampled)"
 
+        def told(name: str) -> str:
+            levels = self.levels.get(name)
+            return f"{name} ({', '.join(map(str, levels))})" if levels else named(name)
+
         times = self.time[self.recorded]
         unit = f" {self.units['time']}" if "time" in self.units else ""
         parts = [
@@ -450,7 +548,7 @@ class Study:
             else "no doses",
         ]
         if self.covariates:
-            parts.append("covariates: " + ", ".join(named(name) for name in self.covariates))
+            parts.append("covariates: " + ", ".join(map(told, self.covariates)))
         for name, value in self.occasions.items():
             parts.append(f"up to {value.most} occasions ({name})")
         return "; ".join(parts) + "."
@@ -464,7 +562,9 @@ def _as_indices(indices: Any) -> Any:
     return indices if hasattr(indices, "dtype") or np.isscalar(indices) else list(indices)
 
 
-def _arrange(table: Rows, frame: pd.DataFrame, units: dict[str, str]) -> Study:
+def _arrange(
+    table: Rows, frame: pd.DataFrame, units: dict[str, str], linear: tuple[str, ...]
+) -> Study:
     """Pads the rows of each subject to arrays [subject, time]."""
     line, outcomes, columns = table.line, table.outcomes, table.columns
     order = line.order()
@@ -484,7 +584,7 @@ def _arrange(table: Rows, frame: pd.DataFrame, units: dict[str, str]) -> Study:
         limit={n: np.where(recorded, v[rows], np.nan) for n, v in outcomes.limit.items()},
         covariates={
             n: v[rows] if n in columns.time_varying else v[rows[:, 0]]
-            for n, v in table.covariates.items()
+            for n, v in table.covariates.values.items()
         },
         occasions={n: arrange_occasions(v, rows) for n, v in table.occasions.items()},
         doses=doses,
@@ -499,6 +599,9 @@ def _arrange(table: Rows, frame: pd.DataFrame, units: dict[str, str]) -> Study:
             dose_rows=table.row[items],
             written=doses.given & (items < len(frame)) & (line.amount > 0)[items],
             measured=dict(observed),
+            levels=table.covariates.levels,
+            filled={n: v[rows] & recorded for n, v in table.covariates.filled.items()},
+            linear=linear,
         ),
     )
 
@@ -522,5 +625,13 @@ def _dense_labels(study: Study) -> _Labels:
     rows = np.arange(study.time.size).reshape(shape)
     no_rows = np.broadcast_to(rows[:, :1], study.doses.time.shape)  # doses stand in no row
     written = np.zeros(no_rows.shape, bool)
-    measured = dict(study.observed)
-    return _Labels(study.ids, frame, columns, study.units, rows, no_rows, written, measured)
+    return replace(
+        old,
+        frame=frame,
+        columns=columns,
+        rows=rows,
+        dose_rows=no_rows,
+        written=written,
+        measured=dict(study.observed),
+        filled={},
+    )

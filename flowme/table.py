@@ -37,7 +37,8 @@ class StudyError(ValueError):
 
 
 class StudyWarning(UserWarning):
-    """The table was read, but not in the order in which it is written."""
+    """The table was read, but not just as it is written: in another order, or with empty cells
+    of covariates filled in."""
 
 
 _NONMEM = {
@@ -89,8 +90,8 @@ class Columns(NamedTuple):
 def find_columns(
     frame: pd.DataFrame,
     named: Mapping[str, Any],
-    covariates: str | Iterable[str],
-    time_varying: str | Iterable[str],
+    covariates: tuple[str, ...],
+    time_varying: tuple[str, ...],
 ) -> Columns:
     """The columns as named by the user or, where left out, by their NONMEM names."""
     if not isinstance(frame, pd.DataFrame):
@@ -111,11 +112,10 @@ def find_columns(
         given["outcome_type"] = None  # DVID tells the kinds of DV apart, not of another column
     censored, limit = (_by_outcome(given.pop(role), outcome) for role in ("censored", "limit"))
     given["occasions"] = _tuple(given["occasions"])
-    varying = _tuple(time_varying)
     columns = Columns(
         outcome=outcome,
-        covariates=tuple(name for name in _tuple(covariates) if name not in varying),
-        time_varying=varying,
+        covariates=tuple(name for name in covariates if name not in time_varying),
+        time_varying=time_varying,
         censored=censored,
         limit=limit,
         **given,
@@ -220,15 +220,20 @@ class Table:
             self.found(row, expected, ("none" if got is None else f"{got[row]:g}") + advice)
 
     def numbers(
-        self, column: str, required: np.ndarray | bool = False, advice: str = ""
+        self,
+        column: str,
+        required: np.ndarray | bool = False,
+        advice: str = "",
+        or_text: str = "",
     ) -> np.ndarray:
-        """A column as float64, NaN where empty; text, infinity and lacking values are findings."""
+        """A column as float64, NaN where empty; text, infinity and lacking values are findings.
+        `or_text` is what else may be done about a column of text."""
         cells = self.frame[column]
         values, text = _floats(cells)
         if text.any() and np.isnan(values).all():
             # Nothing in the column is a number: one finding says so better than one for each row.
             told = text & (np.cumsum(text) == 1)
-            hint = f"Encode it as numbers, e.g. frame[{column!r}].map({{...}})"
+            hint = f"Encode it as numbers, e.g. frame[{column!r}].map({{...}}){or_text}"
         elif not text.any() and any(isinstance(cell, str) for cell in cells):
             told = np.arange(len(cells)) == 0
             hint = f"Convert the column: pd.to_numeric(frame[{column!r}])"

@@ -6,8 +6,18 @@ from pathlib import Path
 import flowme
 
 LAYERS = {
-    1: {"study", "table", "rows", "regimen", "events", "occasions", "datasets"},
+    1: {
+        "study",
+        "table",
+        "rows",
+        "covariate_table",
+        "regimen",
+        "events",
+        "occasions",
+        "datasets",
+    },
     2: {
+        "covariate",
         "quantile",
         "flows",
         "effects",

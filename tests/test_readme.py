@@ -16,6 +16,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
 @pytest.mark.filterwarnings("ignore:importance sampling:UserWarning")
 @pytest.mark.filterwarnings("ignore:The inplace keyword:Warning")  # arviz 0.23, on pandas 3
+@pytest.mark.filterwarnings("ignore:Covariate 'WT' is empty:flowme.study.StudyWarning")
 @pytest.mark.filterwarnings("ignore:(R-hat|effective sample size|[0-9]+ divergent):UserWarning")
 def test_code_of_the_readme(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
@@ -24,7 +25,7 @@ def test_code_of_the_readme(monkeypatch, tmp_path, capsys):
     nuts = functools.partial(fm.nuts, num_warmup=60, num_samples=40, num_chains=2, progress=False)
     monkeypatch.setattr(fm, "nuts", nuts)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     scope: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), scope)

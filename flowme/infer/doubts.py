@@ -51,6 +51,8 @@ def _degenerate(fit: Fit, flat: np.ndarray) -> list[str]:
         names, law = joint.roles.components(site), getattr(law, "base_dist", law)
         law = law.law if isinstance(law, PerOccasion) else law
         covariance = np.asarray(law.covariance_matrix) if isinstance(law, RandomEffect) else None
+        if covariance is not None and covariance.ndim > 2:
+            covariance = covariance.mean(0)  # over subjects
         if covariance is None or len(names) == 1 or not np.all(np.diag(covariance) > 0):
             continue
         scale = np.sqrt(np.diag(covariance))

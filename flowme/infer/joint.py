@@ -219,6 +219,9 @@ class Joint:
             inner = getattr(law, "base_dist", law)
             if isinstance(inner, RandomEffect):
                 mean, covariance = inner.mean, inner.covariance_matrix
+                if inner.batch_shape:  # over all subjects, as below
+                    between = jnp.cov(mean, rowvar=False, bias=True)
+                    mean, covariance = mean.mean(0), covariance.mean(0) + jnp.atleast_2d(between)
             else:
                 # Over all subjects: the law may depend on their covariates.
                 each = -(-4096 // study.subjects.size)

@@ -78,7 +78,7 @@ def marginal_log_likelihood(
     Warns:
         UserWarning: subjects with a Pareto k̂ above .7 (also in `messages`).
     """
-    study = fit.study if study is None else study
+    study = fit.study if study is None else study.with_levels(fit.study.levels)
     found = estimate_marginal(
         key, fit.joint, fit.theta, fit.weights, study, points=points, replicates=replicates
     )

@@ -32,7 +32,7 @@ class Search:
     @classmethod
     def of(cls, fit: Fit, study: Study | None) -> Search:
         joint = fit.joint
-        own = fit.study if study is None else study
+        own = fit.study if study is None else study.with_levels(fit.study.levels)
         mean, covariance = joint.effect_moments(jax.random.key(0), fit.theta, fit.weights, own)
         likelihood = Likelihood(joint, fit.theta, fit.weights, own)
         if study is None or study is fit.study:

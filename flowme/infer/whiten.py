@@ -83,11 +83,18 @@ def _expand(coordinates: Coordinates, theta, weights, mean, tril, study):
     for name, law, where in by_site(joint, laws):
         if has_base(joint, name):
             u = inner(law).to_base(mean[:, where])
-            jacobian = jax.vmap(jax.jacfwd(inner(law).from_base))(u)
+            jacobian = _jacobian(inner(law).from_base, u)
             bent = inverse[..., where, where] @ jacobian
             offset = offset.at[:, where].set(whitened[:, where] - times(bent, u))
             slope = slope.at[:, where, where].set(bent)
     return information, offset, slope
+
+
+def _jacobian(function, u: jax.Array) -> jax.Array:
+    """∂ function(u)_i / ∂u_i of every subject, `[subject, effect, effect]`."""
+    basis = jnp.eye(u.shape[-1])
+    push = jax.vmap(lambda v: jax.jvp(function, (u,), (jnp.broadcast_to(v, u.shape),))[1])
+    return jnp.moveaxis(push(basis), 0, -1)
 
 
 @partial(jax.jit, static_argnames="coordinates")
