@@ -1,7 +1,6 @@
 """flowme: nonlinear mixed-effects models in NumPyro, with learned random-effect distributions."""
 
-from flowme import covariate as covariate
-from flowme import datasets, flows, outcomes, plots, residual
+from flowme import covariate, datasets, flows, outcomes, plots, residual
 from flowme.closed_forms import (
     iv_one_compartment,
     iv_three_compartment,
@@ -46,6 +45,7 @@ __all__ = [
     "VariationalEM",
     "bootstrap",
     "compare",
+    "covariate",
     "datasets",
     "flows",
     "individual",

@@ -70,5 +70,5 @@ def test_no_module_reaches_up():
 
 
 def test_public_names_fit_on_a_screen():
-    assert len(flowme.__all__) <= 40
+    assert len(flowme.__all__) <= 45  # and brackets: 50 lines
     assert all(hasattr(flowme, name) for name in flowme.__all__)
