@@ -20,7 +20,7 @@ from jax.scipy.special import gammaln, logsumexp
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 from scipy.cluster.vq import kmeans2
-from scipy.stats import norm, qmc
+from scipy.stats import multivariate_normal, norm, qmc
 
 from flowme.flows import Flow, MarginalMixture, SplineCoupling
 
@@ -276,17 +276,14 @@ class MixtureRandomEffect(RandomEffect):
         return laws
 
     def start(self, key, covariance, eta, subjects):
-        """Starting values by k-means on the draws, each effect divided by its SD."""
+        """Starting values by k-means on the draws, each effect divided by its SD: of ten runs, as
+        they end in different places, the one whose Gaussians are the likeliest."""
         eta = np.asarray(eta)
         scale = np.maximum(eta.std(0), 1e-12)
-        seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
-        _, label = kmeans2(eta / scale, self.components, minit="++", seed=seed)
-        parts = [eta[label == m] for m in range(self.components)]
-        parts = [part if len(part) > 2 * eta.shape[1] else eta for part in parts]
-        probs = np.array([np.mean(label == m) for m in range(self.components)])
-        probs = (probs + 0.02) / (probs + 0.02).sum()
-        means = np.stack([part.mean(0) for part in parts])
-        covariances = [np.atleast_2d(np.cov(part, rowvar=False)) for part in parts]
+        seeds = np.asarray(jax.random.randint(key, (10,), 0, 2**31 - 1)).tolist()
+        labels = [kmeans2(eta / scale, self.components, minit="++", seed=s)[1] for s in seeds]
+        found = [self._clusters(eta, label) for label in labels]
+        probs, means, covariances = max(found, key=lambda x: _log_mixture(eta, *x).sum())
         sds = np.stack([np.sqrt(np.diag(c)) for c in covariances])
         values = {
             "probs": probs,
@@ -296,6 +293,15 @@ class MixtureRandomEffect(RandomEffect):
         if self.full:
             values["corr_cholesky"] = np.stack([_corr_cholesky(c) for c in covariances])
         return values
+
+    def _clusters(self, eta: np.ndarray, label: np.ndarray):
+        """Shares, means and covariances of labelled draws; of all draws where a label is rare."""
+        parts = [eta[label == m] for m in range(self.components)]
+        parts = [part if len(part) > 2 * eta.shape[1] else eta for part in parts]
+        probs = np.array([np.mean(label == m) for m in range(self.components)])
+        probs = (probs + 0.02) / (probs + 0.02).sum()
+        means = np.stack([part.mean(0) for part in parts])
+        return probs, means, [np.atleast_2d(np.cov(part, rowvar=False)) for part in parts]
 
     @property
     def component_means(self) -> jax.Array:
@@ -550,6 +556,16 @@ def _normal_points(size: int, log2_count: int = 8, seed: int = 0) -> np.ndarray:
     z = norm.ppf(np.clip(sobol, 1e-12, 1 - 1e-12))
     z = np.concatenate([z, -z])
     return z @ np.linalg.inv(np.linalg.cholesky(z.T @ z / len(z))).T
+
+
+def _log_mixture(eta: np.ndarray, probs, means, covariances) -> np.ndarray:
+    """log Σ_m π_m N(η; μ_m, Ω_m), `[draw]`."""
+    laws = (
+        multivariate_normal(m, c, allow_singular=True)
+        for m, c in zip(means, covariances, strict=True)
+    )
+    terms = [np.log(p) + law.logpdf(eta) for p, law in zip(probs, laws, strict=True)]
+    return np.logaddexp.reduce(terms, axis=0)
 
 
 def _corr_cholesky(covariance: np.ndarray) -> np.ndarray:

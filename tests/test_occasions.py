@@ -140,6 +140,19 @@ def test_a_change_within_an_occasion_is_not_overlooked():
         fm.oral_one_compartment(fm.individual(study.subjects, ka=1.0, CL=k, V=1.0), study)
 
 
+def test_a_covariate_that_changes_in_time_enters_the_right_hand_side():
+    """As a leaf of psi by itself: the rate constants are then those of the occasions."""
+    study = changing_study()
+    growth = jnp.asarray(K / K[0])[study.occasions["occ"].index]  # [subject, time]
+    ka = jnp.asarray(KA)[study.occasions["occ"].index]
+    psi = fm.individual(study.subjects, ka=ka, k=K[0], growth=growth)
+
+    def growing(t, A, psi):
+        return -psi.ka * A[0], psi.ka * A[0] - psi.k * psi.growth * A[1]
+
+    np.testing.assert_allclose(fm.solve(growing, psi, study), by_hand(), rtol=1e-7, atol=1e-7)
+
+
 def test_bioavailability_of_each_dose():
     """Half of the first dose and all of the second are as if half had been given."""
     study = changing_study()
