@@ -10,12 +10,8 @@ from flowme.closed_forms import (
     oral_two_compartment,
 )
 from flowme.convert import to_arviz
-from flowme.effects import (
-    FlowRandomEffect,
-    GaussianRandomEffect,
-    MixtureRandomEffect,
-    StudentTRandomEffect,
-)
+from flowme.effects import GaussianRandomEffect, StudentTRandomEffect
+from flowme.flow_effect import FlowRandomEffect
 from flowme.infer.bootstrap import bootstrap
 from flowme.infer.compare import compare
 from flowme.infer.fit import Fit, load, save
@@ -27,6 +23,7 @@ from flowme.infer.profile import profile
 from flowme.infer.smoothed import smoothed_npmle
 from flowme.infer.vem import VariationalEM
 from flowme.linear import solve_linear
+from flowme.mixture_effect import MixtureRandomEffect
 from flowme.predict import predict, simulate
 from flowme.primitives import individual, observe, population, random_effect, replace_effect
 from flowme.report import summary

@@ -13,12 +13,12 @@ import xarray as xr
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC
 
-from flowme.effects import MixtureRandomEffect
 from flowme.infer.conditional import Conditional, importance, log_mean, population_law, resample
 from flowme.infer.evaluate import shifted
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
 from flowme.infer.references import References, find
+from flowme.mixture_effect import MixtureRandomEffect
 from flowme.predict import (
     Result,
     conditional_nodes,

@@ -20,7 +20,8 @@ from numpyro.distributions.distribution import validation_enabled
 from numpyro.handlers import seed, trace
 from numpyro.primitives import Messenger
 
-from flowme.effects import FlowRandomEffect, RandomEffect
+from flowme.effects import RandomEffect
+from flowme.flow_effect import FlowRandomEffect
 from flowme.study import Study
 
 

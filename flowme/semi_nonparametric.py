@@ -23,13 +23,13 @@ import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from scipy.optimize import minimize
 
-from flowme.effects import _Scaled
+from flowme.effects import Scaled
 
 _FAR = 14.0  # no mass beyond: φ(14) · 14¹⁶ is 1e-25
 _TINY = 1e-30  # beside P², so that its logarithm has a gradient at a zero of P
 
 
-class SemiNonparametricRandomEffect(_Scaled):
+class SemiNonparametricRandomEffect(Scaled):
     r"""η = L R⁻¹ (z - c), z with density P(z)² φ(z), c = E z, R Rᵀ = Cov z.
 
     Centred by formula, whatever the coefficients: E η = 0 and Cov η = L Lᵀ, L = diag(ω) ·

@@ -5,12 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowme import flows
-from flowme.effects import (
-    FlowRandomEffect,
-    GaussianRandomEffect,
-    MixtureRandomEffect,
-    StudentTRandomEffect,
-)
+from flowme.effects import GaussianRandomEffect, StudentTRandomEffect
+from flowme.flow_effect import FlowRandomEffect
+from flowme.mixture_effect import MixtureRandomEffect
 
 FLOWS = {
     "spline coupling, 3d": (flows.SplineCoupling(layers=3, width=5, bins=6), 3),

@@ -14,7 +14,7 @@ from cases import bent_weights
 
 import flowme as fm
 from flowme import flows
-from flowme.effects import FlowRandomEffect
+from flowme.flow_effect import FlowRandomEffect
 from flowme.predict import conditional_nodes, population_draws
 from flowme.study import Study
 

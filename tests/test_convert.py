@@ -13,9 +13,10 @@ from fits import absorption, theophylline, theophylline_nuts
 from numpyro.infer import MCMC, NUTS
 
 from flowme.convert import Names, reported, to_arviz
-from flowme.effects import GaussianRandomEffect, MixtureRandomEffect
+from flowme.effects import GaussianRandomEffect
 from flowme.infer.joint import Joint
 from flowme.infer.marginal import marginal_log_likelihood
+from flowme.mixture_effect import MixtureRandomEffect
 from flowme.predict import estimate, mcmc_draws, population_draws, predict, simulate
 from flowme.primitives import individual, observe, population, random_effect
 

@@ -10,13 +10,9 @@ from cases import EFFECTS
 from numpyro.distributions import constraints
 from scipy import stats
 
-from flowme.effects import (
-    FlowRandomEffect,
-    GaussianRandomEffect,
-    MixtureRandomEffect,
-    RandomEffect,
-    StudentTRandomEffect,
-)
+from flowme.effects import GaussianRandomEffect, RandomEffect, StudentTRandomEffect
+from flowme.flow_effect import FlowRandomEffect
+from flowme.mixture_effect import MixtureRandomEffect
 
 # Op by op, a flow takes seconds per call; compiled, milliseconds.
 sample = jax.jit(lambda effect, key, count: effect.sample(key, (count,)), static_argnums=2)

@@ -21,6 +21,8 @@ LAYERS = {
         "quantile",
         "flows",
         "effects",
+        "flow_effect",
+        "mixture_effect",
         "per_occasion",
         "kernel_mixture",
         "semi_nonparametric",

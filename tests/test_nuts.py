@@ -16,7 +16,7 @@ from numpyro.distributions import biject_to
 from numpyro.infer.util import log_density
 
 import flowme as fm
-from flowme.effects import GaussianRandomEffect, MixtureRandomEffect
+from flowme.effects import GaussianRandomEffect
 from flowme.infer import nuts as module
 from flowme.infer.chains import doubts
 from flowme.infer.conditional import Conditional
@@ -24,6 +24,7 @@ from flowme.infer.coordinates import Coordinates
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
 from flowme.infer.whiten import whiten
+from flowme.mixture_effect import MixtureRandomEffect
 
 NAMES = ["level", "slope"]
 

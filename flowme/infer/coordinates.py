@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.distributions import biject_to
 
-from flowme.effects import FlowRandomEffect, RandomEffect
+from flowme.effects import RandomEffect
+from flowme.flow_effect import FlowRandomEffect
 from flowme.infer.joint import Joint, Weights
 from flowme.study import Study
 

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pandas as pd
 
-from flowme.effects import GaussianRandomEffect, MixtureRandomEffect
+from flowme.effects import GaussianRandomEffect
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
 from flowme.infer.vem import VariationalEM
+from flowme.mixture_effect import MixtureRandomEffect
 from flowme.primitives import replace_effect
 from flowme.study import Study
 

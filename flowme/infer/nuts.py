@@ -16,7 +16,8 @@ from numpyro.infer.hmc import HMCState, hmc
 from numpyro.infer.util import ParamInfo
 from tqdm.auto import tqdm
 
-from flowme.effects import FlowRandomEffect, GaussianRandomEffect
+from flowme.effects import GaussianRandomEffect
+from flowme.flow_effect import FlowRandomEffect
 from flowme.infer.chains import doubts
 from flowme.infer.conditional import Conditional
 from flowme.infer.coordinates import Coordinates, Map, frame

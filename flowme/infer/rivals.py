@@ -12,18 +12,14 @@ import jax
 import numpy as np
 import numpyro.distributions as dist
 
-from flowme.effects import (
-    FlowRandomEffect,
-    GaussianRandomEffect,
-    MixtureRandomEffect,
-    RandomEffect,
-    StudentTRandomEffect,
-)
+from flowme.effects import GaussianRandomEffect, RandomEffect, StudentTRandomEffect
+from flowme.flow_effect import FlowRandomEffect
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
 from flowme.infer.marginal import MarginalLikelihood, estimate_marginal
 from flowme.infer.smoothed import BANDWIDTHS, smoothed_npmle
 from flowme.infer.vem import VariationalEM
+from flowme.mixture_effect import MixtureRandomEffect
 from flowme.primitives import replace_effect
 from flowme.study import Study
 

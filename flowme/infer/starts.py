@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
-from flowme.effects import GaussianRandomEffect, MixtureRandomEffect, RandomEffect
+from flowme.effects import GaussianRandomEffect, RandomEffect
 from flowme.infer.course import Course
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, start_weights
+from flowme.mixture_effect import MixtureRandomEffect
 
 
 def needs_start(law: dist.Distribution) -> bool:
