@@ -55,7 +55,7 @@ def read_occasions(
         for row in order[back].tolist():
             expected = f"an occasion in column {name!r} that is over when another has begun"
             cell = table.frame[name].iloc[row]
-            table.found(row, expected, f"{cell!r} again. Number the later rows as a new one")
+            table.found(row, expected, f"{cell} again. Number the later rows as a new one")
         run = np.cumsum(begins)
         first = np.minimum.reduceat(run, np.flatnonzero(np.diff(code[order], prepend=-2)))
         number = np.empty(len(code), np.int32)
