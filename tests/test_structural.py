@@ -386,7 +386,7 @@ def test_number_of_states_is_inferred(pair, count):
 BAD = {
     "psi of one value for all": (
         lambda psi, study: solve(absorption, psi._replace(ka=1.0), study),
-        r"shape \[subject\] = \(2,\); got \(\) for 'ka'",
+        r"shape \[subject\] = \(2,\) or \[subject, time\] = \(2, 7\); got \(\) for 'ka'",
     ),
     "states that do not fit": (
         lambda psi, study: solve(absorption, psi, study, states=3),
