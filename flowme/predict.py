@@ -53,11 +53,18 @@ def predict(
     """
     point = estimate(result, conditional=not population)
     study = point.study if study is None else study.with_levels(point.study.levels)
+    joint = point.joint.on(study)
     if point.eta is None:
-        eta = jnp.zeros((study.subjects.size, point.joint.effect_size))
+        eta = jnp.zeros((study.subjects.size, joint.effect_size))
     else:
         eta = point.eta[_positions(point.study, study)]
-    means = _means(point.joint, point.theta, point.weights, eta, study)
+        if eta.shape[1] != joint.effect_size:
+            raise ValueError(
+                "expected as many occasions as in the study fitted, of which the random effects "
+                f"are known; got {joint.effect_size} random effects for {eta.shape[1]}. For other "
+                "occasions there are predict(..., population=True) and simulate(...)."
+            )
+    means = _means(joint, point.theta, point.weights, eta, study)
     return {name: np.asarray(mean) for name, mean in means.items()}
 
 
@@ -90,7 +97,7 @@ def simulate(
     key_theta, key = jax.random.split(key)
     thetas = jax.random.choice(key_theta, point.thetas, (replicates,))
     keys = jax.random.split(key, replicates)
-    values = _simulate(point.joint, keys, thetas, point.weights, study)
+    values = _simulate(point.joint.on(study), keys, thetas, point.weights, study)
     return {name: np.asarray(value) for name, value in values.items()}
 
 

@@ -253,6 +253,23 @@ def test_individual_predictions_are_the_best_linear_ones(fitted):
         np.testing.assert_allclose(found[i, : len(rows)], expected, atol=0.02)
 
 
+def test_new_subjects_may_have_other_occasions(fitted):
+    """One occasion instead of three: predictions, likelihood by its formula, and simulations whose
+    variance is that of all levels together."""
+    frame = simulated(200, seed=1).query("occ == 1")
+    study = Study.from_frame(frame, "id", "t", "y", occasions="occ")
+    values = {n: float(np.ravel(v)[0]) for n, v in fitted.joint.constrain(fitted.theta).items()}
+    found = fm.marginal_log_likelihood(jax.random.key(5), fitted, study)
+    expected = exact(frame, *(values[n] for n in ("mu", "eta_omega", "kappa_omega", "a")))
+    assert abs(-2 * found.total - expected) < 8 * found.total_se + 1e-6
+    drawn = fm.simulate(jax.random.key(6), fitted, study, replicates=100)["y"]
+    total = values["eta_omega"] ** 2 + values["kappa_omega"] ** 2 + values["a"] ** 2
+    np.testing.assert_allclose(drawn[..., 0].var(), total, rtol=4 * np.sqrt(2 / 20_000))
+    np.testing.assert_allclose(predict(fitted, study, population=True)["y"], values["mu"])
+    with pytest.raises(ValueError, match="expected as many occasions as in the study fitted"):
+        predict(fitted, study.subset(ids=[0, 1]))
+
+
 @pytest.mark.parametrize(
     "law",
     [fm.StudentTRandomEffect(["mu"]), fm.FlowRandomEffect(["mu"])],

@@ -50,6 +50,10 @@ class Joint:
     def of(cls, model: Callable, study: Study) -> Joint:
         return cls(model, roles(model, study))
 
+    def on(self, study: Study) -> Joint:
+        """The same model of another study, which may have more occasions, or fewer."""
+        return Joint.of(self.model, study) if self.roles.present else self
+
     @cached_property
     def slices(self) -> dict[str, slice]:
         """Where each population parameter stands in θ."""

@@ -80,8 +80,9 @@ def marginal_log_likelihood(
     """
     study = fit.study if study is None else study.with_levels(fit.study.levels)
     found = estimate_marginal(
-        key, fit.joint, fit.theta, fit.weights, study, points=points, replicates=replicates
-    )
+        key, fit.joint.on(study), fit.theta, fit.weights, study,
+        points=points, replicates=replicates,
+    )  # fmt: skip
     for message in found.messages:
         warnings.warn(message, stacklevel=2)
     return found
