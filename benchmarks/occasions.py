@@ -34,10 +34,10 @@ def bolus(between_occasions):
         V = fm.population("V", dist.LogNormal(3.4, 0.5), unit="L")
         b = fm.population("b", dist.HalfNormal(0.5))
         eta = fm.random_effect("eta", fm.GaussianRandomEffect(["CL", "V"]), study.subjects)
-        change = eta.CL[:, None]
+        change = eta.CL
         if between_occasions:
             law = fm.GaussianRandomEffect(["CL"])
-            change = change + fm.random_effect("kappa", law, study.occasions["OCC"]).CL
+            change = change[:, None] + fm.random_effect("kappa", law, study.occasions["OCC"]).CL
         psi = fm.individual(study.subjects, CL=CL * jnp.exp(change), V=V * jnp.exp(eta.V))
         amount = fm.solve_linear(lambda p: [[-p.CL / p.V]], psi, study)[..., 0]
         fm.observe("conc", fm.residual.proportional(amount / psi.V[:, None], b), study)
@@ -63,7 +63,7 @@ def draw(seed):
              "AMT": 0.0 if j else DOSE, "OCC": occasion}
             for i in range(SUBJECTS) for j, t in enumerate(TIMES)
         ]  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).sort_values(["ID", "TIME"], ignore_index=True)
 
 
 def estimates(name, study):
