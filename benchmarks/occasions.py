@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pandas as pd
+from tqdm import tqdm
 
 import flowme as fm
 
@@ -75,7 +76,7 @@ def estimates(name, study):
 
 def main(count):
     found, begun = {name: [] for name in MODELS}, time.process_time()
-    for seed in range(count):
+    for seed in tqdm(range(count), desc="data sets"):
         study = fm.Study.from_frame(draw(seed), outcome={"conc": "DV"})
         for name in MODELS:
             found[name].append(estimates(name, study))
