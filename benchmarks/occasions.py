@@ -2,7 +2,8 @@
 
     python benchmarks/occasions.py [data sets, by default 200]
 
-One compartment, a bolus on each of two occasions 48 h apart, six records on each, 50 subjects:
+One compartment, a bolus on each of two occasions, the first washed out before the second, six
+records on each, 50 subjects:
 
     CL_ik = CL exp(η_i1 + κ_ik),   V_i = V exp(η_i2),   y = f (1 + b ε).
 
@@ -26,7 +27,7 @@ import flowme as fm
 jax.config.update("jax_enable_x64", True)
 
 TRUTH = {"CL": 2.7, "V": 32.0, "b": 0.1, "omega(CL)": 0.3, "omega(V)": 0.15, "kappa(CL)": 0.2}
-TIMES, DOSE, SUBJECTS = np.array([0.0, 1, 2, 4, 8, 12, 24]), 320.0, 50
+TIMES, DOSE, SUBJECTS = np.array([1.0, 2, 4, 8, 12, 24]), 320.0, 50
 
 
 def bolus(between_occasions):
@@ -35,13 +36,14 @@ def bolus(between_occasions):
         V = fm.population("V", dist.LogNormal(3.4, 0.5), unit="L")
         b = fm.population("b", dist.HalfNormal(0.5))
         eta = fm.random_effect("eta", fm.GaussianRandomEffect(["CL", "V"]), study.subjects)
-        change = eta.CL
+        change = eta.CL[:, None]
         if between_occasions:
             law = fm.GaussianRandomEffect(["CL"])
-            change = change[:, None] + fm.random_effect("kappa", law, study.occasions["OCC"]).CL
-        psi = fm.individual(study.subjects, CL=CL * jnp.exp(change), V=V * jnp.exp(eta.V))
-        amount = fm.solve_linear(lambda p: [[-p.CL / p.V]], psi, study)[..., 0]
-        fm.observe("conc", fm.residual.proportional(amount / psi.V[:, None], b), study)
+            change = change + fm.random_effect("kappa", law, study.occasions["OCC"]).CL
+        volume = (V * jnp.exp(eta.V))[:, None]
+        rate = CL * jnp.exp(change) / volume
+        f = DOSE / volume * jnp.exp(-rate * study.covariates["since"])  # [subject, time]
+        fm.observe("conc", fm.residual.proportional(f, b), study)
 
     return model
 
@@ -53,17 +55,16 @@ def draw(seed):
     rng = np.random.default_rng(seed)
     V = TRUTH["V"] * np.exp(TRUTH["omega(V)"] * rng.normal(size=SUBJECTS))
     eta = TRUTH["omega(CL)"] * rng.normal(size=SUBJECTS)
-    rows, left = [], np.zeros(SUBJECTS)
+    rows = []
     for occasion in (1, 2):
         CL = TRUTH["CL"] * np.exp(eta + TRUTH["kappa(CL)"] * rng.normal(size=SUBJECTS))
-        amount = (left + DOSE)[:, None] * np.exp(-(CL / V)[:, None] * TIMES)
-        left = (left + DOSE) * np.exp(-CL / V * 48.0)  # these parameters hold until the next dose
-        y = amount / V[:, None] * (1 + TRUTH["b"] * rng.normal(size=amount.shape))
+        f = DOSE / V[:, None] * np.exp(-(CL / V)[:, None] * TIMES)
+        y = f * (1 + TRUTH["b"] * rng.normal(size=f.shape))
         rows += [
-            {"ID": i, "TIME": 48.0 * (occasion - 1) + t, "DV": y[i, j] if j else np.nan,
-             "AMT": 0.0 if j else DOSE, "OCC": occasion}
-            for i in range(SUBJECTS) for j, t in enumerate(TIMES)
-        ]  # fmt: skip
+            {"ID": i, "TIME": 1000.0 * occasion + t, "DV": y[i, j], "OCC": occasion, "since": t}
+            for i in range(SUBJECTS)
+            for j, t in enumerate(TIMES)
+        ]
     return pd.DataFrame(rows).sort_values(["ID", "TIME"], ignore_index=True)
 
 
@@ -77,7 +78,7 @@ def estimates(name, study):
 def main(count):
     found, begun = {name: [] for name in MODELS}, time.process_time()
     for seed in tqdm(range(count), desc="data sets"):
-        study = fm.Study.from_frame(draw(seed), outcome={"conc": "DV"})
+        study = fm.Study.from_frame(draw(seed), outcome={"conc": "DV"}, time_varying="since")
         for name in MODELS:
             found[name].append(estimates(name, study))
     truth, rows = np.array(list(TRUTH.values())), []

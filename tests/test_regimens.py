@@ -236,7 +236,8 @@ def test_rates_of_any_size_do_not_overflow():
     rows = [give(0.0, ss=1, every=5.0), *seen(0.5, 4.0)]
     study = study_of({i: rows for i in range(ka.size)})
     conc = jax.jit(closed_forms.oral_three_compartment)(psi, study)
-    assert np.isfinite(conc).all() and (conc >= 0).all()
+    # Exponentials of opposite sign may leave less than nothing, far below the rounding of 1.
+    assert np.isfinite(conc).all() and (conc >= -1e-30).all()
 
 
 def test_study_at_other_times_has_the_same_doses(study, psi):
