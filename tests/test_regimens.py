@@ -237,7 +237,7 @@ def test_rates_of_any_size_do_not_overflow():
     study = study_of({i: rows for i in range(ka.size)})
     conc = jax.jit(closed_forms.oral_three_compartment)(psi, study)
     # Exponentials of opposite sign may leave less than nothing, far below the rounding of 1.
-    assert np.isfinite(conc).all() and (conc >= -1e-30).all()
+    assert np.isfinite(conc).all() and (conc >= -1e-32).all()
 
 
 def test_study_at_other_times_has_the_same_doses(study, psi):
