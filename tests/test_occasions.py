@@ -243,7 +243,8 @@ def test_it_is_reported_once_for_all_occasions(fitted):
 
 
 def test_individual_predictions_are_the_best_linear_ones(fitted):
-    """E(mu + η_i + κ_ik | y_i) of a Gaussian model, by its formula."""
+    """E(mu + η_i + κ_ik | y_i) of a Gaussian model, by its formula; within four Monte-Carlo errors
+    of 256 weighted nodes that are worth half as many."""
     values = {n: float(np.ravel(v)[0]) for n, v in fitted.joint.constrain(fitted.theta).items()}
     found = predict(fitted)["y"]
     for i, (_, rows) in enumerate(simulated().groupby("id")):
@@ -251,7 +252,8 @@ def test_individual_predictions_are_the_best_linear_ones(fitted):
         signal = values["eta_omega"] ** 2 + values["kappa_omega"] ** 2 * same
         gain = signal @ np.linalg.inv(signal + values["a"] ** 2 * np.eye(len(rows)))
         expected = values["mu"] + gain @ (rows.y.to_numpy() - values["mu"])
-        np.testing.assert_allclose(found[i, : len(rows)], expected, atol=0.02)
+        error = np.sqrt(np.diag(signal - gain @ signal) / 128)
+        np.testing.assert_array_less(np.abs(found[i, : len(rows)] - expected) / error, 4.0)
 
 
 def test_new_subjects_may_have_other_occasions(fitted):
