@@ -47,7 +47,8 @@ def read_occasions(
     order = np.lexsort((time, code))
     key = code.astype(np.int64)
     for name in columns:
-        level, _ = pd.factorize(table.frame[name])
+        cells = [None if str(cell).strip() in ("", ".") else cell for cell in table.frame[name]]
+        level, _ = pd.factorize(pd.Series(cells, dtype=object))
         table.refuse(level < 0, f"an occasion in column {name!r}")
         key = pd.factorize(pd.MultiIndex.from_arrays([key, level]))[0]
         begins = np.diff(key[order], prepend=-1) != 0

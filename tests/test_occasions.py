@@ -48,6 +48,10 @@ def test_the_column_of_nonmem_is_found_and_can_be_left():
             r"row 2, subject 1: .*is over when another has begun; got 1.* again",
         ),
         (
+            ["1", "1", " ", "2", "1", "1"],
+            r"row 2, subject 1: expected an occasion in column 'occ'; got none",
+        ),
+        (
             [1, 1, None, 2, 1, 1],
             r"row 2, subject 1: expected an occasion in column 'occ'; got none",
         ),
