@@ -205,7 +205,7 @@ def _carried(
 
 def _finite(table: Table, name: str, rule: Any) -> float:
     """The number to fill in."""
-    if isinstance(rule, Real) and not isinstance(rule, bool) and np.isfinite(rule):
+    if isinstance(rule, Real) and not isinstance(rule, bool) and np.isfinite(float(rule)):
         return float(rule)
     expected = f"missing_covariates={{{name!r}: ...}} to be 'median', 'carried' or a number"
     table.findings.append(f"expected {expected}; got {rule!r}")
