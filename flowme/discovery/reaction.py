@@ -52,7 +52,7 @@ class Reaction:
         sides = _ARROW.split(text.strip())
         if len(sides) != 2:
             raise ValueError(f"expected 'reactants -> products' with one arrow; got {text!r}")
-        return cls(*(_complex(side, text) for side in sides), law)
+        return cls(_complex(sides[0], text), _complex(sides[1], text), law)
 
     @property
     def species(self) -> tuple[str, ...]:
