@@ -11,9 +11,12 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
-__all__ = ["System", "UnrolledTsit5", "differentiable", "event_step", "system_of"]
+from flowme.lockstep import lockstep
+
+__all__ = ["System", "differentiable", "event_step", "system_of"]
 
 Theta = list[Array]
+_FEW = 8  # directions written out one by one
 
 
 class System(NamedTuple):
@@ -28,6 +31,7 @@ class System(NamedTuple):
     moving: Callable[[Theta, Any], Any]  # theta, data -> pytree of [event, ...], maybe empty
     field: Callable[..., Array]  # fixed, moving (of one event), tau, [..., state], theta
     update: Callable[..., Array]  # fixed, moving, [..., state], theta -> state after the event
+    length: Callable[[Any, Any], Array]  # fixed, moving -> time to the next event
 
 
 def system_of(
@@ -51,7 +55,10 @@ def system_of(
     def update(fixed: Any, moving: Any, y: Array, theta: Theta) -> Array:
         return event_step(fixed | moving, y, start(theta))
 
-    return System(start, moving, scaled, update)
+    def length(fixed: Any, moving: Any) -> Array:
+        return (fixed | moving)["dt"]
+
+    return System(start, moving, scaled, update, length)
 
 
 def event_step(event: dict[str, Array], y: Array, start: Array) -> Array:
@@ -61,8 +68,11 @@ def event_step(event: dict[str, Array], y: Array, start: Array) -> Array:
     return y + event["jump"]
 
 
-def differentiable(system: System, solver: diffrax.AbstractSolver, max_steps: int) -> Callable:
-    """`_integrate` with derivatives, in `theta`, from the system's own sensitivity equations.
+def differentiable(
+    system: System, solver: diffrax.AbstractSolver | None, max_steps: int
+) -> Callable:
+    """State after each event of one subject, `[event, ..., state]`, NaN from a failure on, with
+    derivatives, in `theta`, from the system's own sensitivity equations.
 
     The rule solves the augmented system by this same function, so it has derivatives of any order,
     and it is linear in the tangents, so JAX can transpose it: nothing ever differentiates the
@@ -72,7 +82,9 @@ def differentiable(system: System, solver: diffrax.AbstractSolver, max_steps: in
     @jax.custom_jvp
     def integrate(theta: Theta, given: Any) -> Array:
         (fixed, data), tolerance = given
-        return _integrate(system, theta, fixed, data, tolerance, solver, max_steps)
+        if solver is None:
+            return lockstep(system, (theta, fixed, data, tolerance), max_steps)
+        return _by_diffrax(system, theta, fixed, data, tolerance, solver, max_steps)
 
     # Symbolic zeros say which parameters are differentiated; the others cost nothing.
     @partial(integrate.defjvp, symbolic_zeros=True)
@@ -121,22 +133,45 @@ def _with_sensitivities(system: System, active: Sequence[bool]) -> System:
 
         return chosen, merge, jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype))
 
+    def all_directions(function: Callable, primals: tuple, along: Callable) -> tuple[Any, Any]:
+        """The value, and the derivative along `along(j)` for every direction j, `[direction]`."""
+        value, push = jax.linearize(function, *primals)
+        count = len(jax.tree.leaves(along(slice(None)))[0])
+        if count > _FEW:
+            return value, jax.vmap(lambda j: push(*along(j)))(jnp.arange(count))
+        slopes = [push(*along(j)) for j in range(count)]
+        return value, jax.tree.map(lambda *x: jnp.stack(x), *slopes)
+
     def start(theta: Theta) -> Array:
         chosen, merge, basis = split(theta)
-        y, push = jax.linearize(lambda chosen: system.start(merge(chosen)), chosen)
-        return jnp.concatenate([y[None], jax.vmap(push)(basis)])
+
+        def change(chosen: Theta) -> Array:
+            return system.start(merge(chosen))
+
+        y, slopes = all_directions(change, (chosen,), lambda j: (_at(basis, j),))
+        return jnp.concatenate([y[None], slopes])
 
     def moving(theta: Theta, data: Any) -> Any:
         chosen, merge, basis = split(theta)
-        rows, push = jax.linearize(lambda chosen: system.moving(merge(chosen), data), chosen)
-        return rows, jax.vmap(push, out_axes=1)(basis)  # [event, ...], [event, direction, ...]
+
+        def change(chosen: Theta) -> Any:
+            return system.moving(merge(chosen), data)
+
+        rows, slopes = all_directions(change, (chosen,), lambda j: (_at(basis, j),))
+        return rows, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), slopes)  # [event, direction]
 
     def derivative(change: Callable, moving: Any, y: Array, theta: Theta) -> Array:
         """`change(moving, y, theta)` and its derivatives in every direction."""
         chosen, merge, basis = split(theta)
-        row, along = moving
-        value, push = jax.linearize(lambda m, y, c: change(m, y, merge(c)), row, y[0], chosen)
-        return jnp.concatenate([value[None], jax.vmap(push)(along, y[1:], basis)])
+        row, rows = moving
+
+        def moved(row: Any, y: Array, chosen: Theta) -> Array:
+            return change(row, y, merge(chosen))
+
+        value, slopes = all_directions(
+            moved, (row, y[0], chosen), lambda j: (_at(rows, j), y[1:][j], _at(basis, j))
+        )
+        return jnp.concatenate([value[None], slopes])
 
     def field(fixed: Any, moving: Any, tau: Any, y: Array, theta: Theta) -> Array:
         return derivative(lambda m, y, th: system.field(fixed, m, tau, y, th), moving, y, theta)
@@ -144,10 +179,17 @@ def _with_sensitivities(system: System, active: Sequence[bool]) -> System:
     def update(fixed: Any, moving: Any, y: Array, theta: Theta) -> Array:
         return derivative(lambda m, y, th: system.update(fixed, m, y, th), moving, y, theta)
 
-    return System(start, moving, field, update)
+    def length(fixed: Any, moving: Any) -> Array:
+        return system.length(fixed, moving[0])
+
+    return System(start, moving, field, update, length)
 
 
-def _integrate(
+def _at(tree: Any, j: Any) -> Any:
+    return jax.tree.map(lambda x: x[j], tree)
+
+
+def _by_diffrax(
     system: System,
     theta: Theta,
     fixed: Any,
@@ -156,7 +198,7 @@ def _integrate(
     solver: diffrax.AbstractSolver,
     max_steps: int,
 ) -> Array:
-    """State after each event of one subject, `[event, ..., state]`, NaN after a failure."""
+    """`lockstep` with any solver, one subject after another's steps."""
     rtol, atol = tolerance
     controller = diffrax.PIDController(rtol, atol, norm=_primal_norm)
 
@@ -206,33 +248,3 @@ def _primal_norm(scaled_error: Array) -> Array:
     """Root mean square over the states only: a value does not depend on what is differentiated."""
     norm = jnp.sqrt(jnp.mean(_primal(scaled_error) ** 2))
     return jnp.where(jnp.isnan(norm), jnp.inf, norm)  # a step out of the domain is tried smaller
-
-
-class UnrolledTsit5(diffrax.Tsit5):
-    """diffrax's Tsit5 with its seven stages written out: the same numbers, sooner.
-
-    diffrax loops over the stages in many small kernels; this is 2 to 4 times as fast.
-    """
-
-    def init(self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any) -> Any:
-        del t1
-        return terms.vf(t0, y0, args)
-
-    def step(
-        self,
-        terms: Any,
-        t0: Any,
-        t1: Any,
-        y0: Any,
-        args: Any,
-        solver_state: Any,
-        made_jump: Any,
-    ) -> tuple:
-        del made_jump  # none within an interval, so the last stage always is the next first one
-        dt, table, slopes = t1 - t0, self.tableau, [solver_state]
-        for row, c in zip(table.a_lower, table.c, strict=True):
-            y1 = y0 + dt * sum(float(a) * k for a, k in zip(row, slopes, strict=True))
-            slopes.append(terms.vf(t0 + float(c) * dt, y1, args))
-        error = dt * sum(float(b) * k for b, k in zip(table.b_error, slopes, strict=True))
-        dense = dict(y0=y0, y1=y1, k=dt * jnp.stack(slopes))
-        return y1, error, dense, slopes[-1], diffrax.RESULTS.successful

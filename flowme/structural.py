@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from flowme.integrate import UnrolledTsit5, differentiable, system_of
+from flowme.integrate import differentiable, system_of
 from flowme.schedule import Dosing, cycle, dosing_of, moving_events, schedule
 from flowme.steady import fixed_point
 from flowme.study import Occasions, Study
@@ -131,7 +131,7 @@ def solve(
         def dosing_of_theta(theta: list[Array]) -> Dosing:
             return jax.tree.unflatten(structure, theta)[1]
 
-        run = partial(differentiable, solver=solver or UnrolledTsit5(), max_steps=max_steps)
+        run = partial(differentiable, solver=solver, max_steps=max_steps)
 
         def after_interval(state: Array, theta: list[Array], data: Any) -> Array:
             """The state an interval of dosing later, for the steady state."""

@@ -36,6 +36,7 @@ LAYERS = {
         "disposition",
         "integrate",
         "linear",
+        "lockstep",
         "schedule",
         "steady",
     },

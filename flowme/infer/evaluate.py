@@ -48,6 +48,11 @@ LARGEST = {1: 31, 2: 15, 3: 9, 4: 7}  # nodes per effect the program has room fo
 _BLOCK = 32  # nodes evaluated together
 
 
+def next_order(effects: int, order: int) -> int:
+    """The next finer rule, or the finest there is room for."""
+    return min(order + 2, LARGEST[effects])
+
+
 class Engine(NamedTuple):
     """What an evaluation is compiled for.
 

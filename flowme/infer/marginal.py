@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from flowme.infer.conditional import find, importance, likelihood_at, population_law
-from flowme.infer.evaluate import CHUNK, LARGEST, Engine, Evaluation, evaluate
+from flowme.infer.evaluate import CHUNK, LARGEST, Engine, Evaluation, evaluate, next_order
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
 from flowme.infer.parallel import by_chunk
@@ -138,16 +138,18 @@ def by_quadrature(
     study: Study,
     found: Evaluation,
     order: int,
+    finer: Evaluation | None = None,
     *,
     tolerance: float = 1e-3,
     chunk: int = CHUNK,
 ) -> MarginalLikelihood:
     """log p(y_i; θ) by adaptive Gauss-Hermite quadrature (Pinheiro & Bates 1995).
 
-    From the rule of `order`, with which `found` was evaluated, orders rise by two until the total
-    changes by less than `tolerance`, or to the highest that the engine has room for; the error is
-    the last change. Of a study beyond four chunks the change is found on one chunk of subjects,
-    spread over it, and the values stay those of `order`.
+    From the rule of `order`, with which `found` was evaluated (and `finer` with the next one, if
+    that was done already), orders rise by two until the total changes by less than `tolerance`,
+    or to the highest that the engine has room for; the error is the last change. Of a study beyond
+    four chunks the change is found on one chunk of subjects, spread over it, and the values stay
+    those of `order`.
     """
 
     def values(study: Study, modes: np.ndarray, order: int) -> np.ndarray:
@@ -167,8 +169,9 @@ def by_quadrature(
         return MarginalLikelihood(now, error, text.format(order))
     error = np.full(size, np.inf)
     while order < most and np.all(np.isfinite(now)) and not error.sum() < tolerance:
-        order = min(order + 2, most)
-        before, now = now, values(study, modes, order)
+        order, before = next_order(engine.joint.effect_size, order), now
+        now = values(study, modes, order) if finer is None else finer.log_likelihood
+        finer = None
         error = np.abs(now - before)
     return MarginalLikelihood(now, error, text.format(order))
 

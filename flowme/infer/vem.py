@@ -20,7 +20,7 @@ from flowme.infer.climb import Climb
 from flowme.infer.clock import Clock
 from flowme.infer.course import Course, disagreement, failed
 from flowme.infer.doubts import doubts
-from flowme.infer.evaluate import CHUNK, LARGEST, Engine, evaluate, scores
+from flowme.infer.evaluate import CHUNK, Engine, Evaluation, evaluate, next_order, scores
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, start_weights
 from flowme.infer.learn import Learn, LearnState, side_by_side
@@ -289,8 +289,9 @@ class VariationalEM:
     def _finish(self, key, course: Course, study: Study, clock: Clock) -> Fit:
         key_marginal, key_information = jax.random.split(key)
         joint, theta, weights = course.joint, course.theta, course.weights
-        marginal = self._marginal(key_marginal, course, study)
-        information, outer = self._information(key_information, course, study)
+        finer = self._finer(course, study)
+        marginal = self._marginal(key_marginal, course, study, finer)
+        information, outer = self._information(key_information, course, study, finer)
         messages = [course.why] if course.why else []
         messages += course.messages
         messages += failed(marginal.log_likelihood, course, study)
@@ -318,28 +319,36 @@ class VariationalEM:
         doubtful = doubts(fit, means, gradient)
         return dataclasses.replace(fit, messages=(*messages, *doubtful), seconds=clock.read())
 
-    def _marginal(self, key, course: Course, study: Study) -> MarginalLikelihood:
+    def _finer(self, course: Course, study: Study) -> Evaluation | None:
+        """The likelihood by quadrature of a higher order than θ was found with, unless there is no
+        quadrature or the study is large."""
+        engine, state = course.newton.engine, course.state
+        if engine.points or course.selected or study.subjects.size > 4 * self.chunk:
+            return None
+        order = next_order(course.joint.effect_size, self._order(course))
+        start = state.evaluation.conditional.mean
+        return evaluate(engine, jax.random.key(0), state.theta, {}, study, start,
+                        order=order, chunk=self.chunk)  # fmt: skip
+
+    def _order(self, course: Course) -> int:
+        return ORDER[course.joint.effect_size][course.state.near]
+
+    def _marginal(self, key, course: Course, study: Study, finer) -> MarginalLikelihood:
         """The likelihood to report: by quadrature of higher order where there is quadrature."""
         if course.newton.engine.points or course.selected:
             return estimate_marginal(key, course.joint, course.theta, course.weights, study)
         return by_quadrature(
             course.newton.engine, np.asarray(course.theta), study, course.state.evaluation,
-            ORDER[course.joint.effect_size][course.state.near], chunk=self.chunk,
+            self._order(course), finer, chunk=self.chunk,
         )  # fmt: skip
 
-    def _information(self, key, course: Course, study: Study):
+    def _information(self, key, course: Course, study: Study, finer):
         """Observed information of θ and the outer product of the subjects' scores; for a learned
-        flow the latter alone, in both places. By quadrature of a higher order than θ was found
-        with, unless the study is large."""
-        engine, state = course.newton.engine, course.state
+        flow the latter alone, in both places."""
         if not course.selected:
-            coarse = fine = state.evaluation
-            if not engine.points and study.subjects.size <= 4 * self.chunk:
-                size = course.joint.effect_size
-                order = min(ORDER[size][state.near] + 2, LARGEST[size])
-                fine = evaluate(engine, key, state.theta, {}, study, coarse.conditional.mean,
-                                order=order, chunk=self.chunk)  # fmt: skip
-            return coarse.hessian - fine.hessian - state.hessian, fine.outer
+            coarse = course.state.evaluation
+            fine = finer or coarse
+            return coarse.hessian - fine.hessian - course.state.hessian, fine.outer
         found = np.asarray(
             scores(course.newton.engine, key, course.theta, course.weights, study,
                    course.conditional)
