@@ -18,7 +18,7 @@ from flowme.infer.conditional import Conditional
 from flowme.infer.evaluate import Evaluation
 from flowme.infer.joint import Weights
 from flowme.infer.marginal import spread
-from flowme.infer.newton import Newton, NewtonState
+from flowme.infer.newton import Newton, NewtonState, led
 from flowme.study import Study
 
 
@@ -64,7 +64,7 @@ class Climb(NamedTuple):
     def run(self, theta: np.ndarray, study: Study, starts: int | None) -> Iterator[Ascent]:
         """The ascents on all subjects, one for each start; an interrupted one is the last."""
         count = self.newton.chunk
-        while study.subjects.size >= 2 * count:
+        while led(study, count):
             some = study.subset(spread(study.subjects.size, count))
             ascent = self.ascend(f"subjects-{count}", theta, some)
             theta, count = ascent.state.theta, 16 * count
@@ -103,12 +103,13 @@ class Climb(NamedTuple):
         return [theta, *(theta + 0.7 * rng.normal(size=(count - 1, theta.size)))]
 
     def _large(self, study: Study) -> bool:
-        """Whether an evaluation of all subjects is dear, and where some led was near the end."""
+        """Whether an evaluation of all subjects is dear."""
         return study.subjects.size > 4 * self.newton.chunk
 
     def _begin(self, theta: np.ndarray, study: Study) -> Ascent:
         state = self.newton.start(self.key, theta, self.weights, study)
-        begun = Ascent(state, np.array([state.objective]), 0, self._large(study))
+        # Where some subjects led, θ was near the end when the modes were looked for.
+        begun = Ascent(state, np.array([state.objective]), 0, led(study, self.newton.chunk))
         return begun if self.most > 0 else self._judged(begun, False)
 
     def _step(self, ascent: Ascent, study: Study) -> Ascent:

@@ -57,7 +57,7 @@ class Newton(NamedTuple):
 
     def start(self, key, theta, weights, study) -> NewtonState:
         """The state at θ, the modes found by ten steps from the best of some points."""
-        near = study.subjects.size > 4 * self.chunk  # where some of the subjects led
+        near = led(study, self.chunk)
         return self._at(key, np.asarray(theta), weights, study, None, 10, 1.0, near)
 
     def near(self, key, theta, weights, study, modes) -> NewtonState:
@@ -109,6 +109,11 @@ class Newton(NamedTuple):
             gradient, hessian = _hold(self.held, gradient, hessian)
         *_, gain = trust_region(gradient, hessian, np.inf)
         return NewtonState(theta, found, float(objective), gradient, hessian, radius, near, gain)
+
+
+def led(study: Study, count: int) -> bool:
+    """Whether `count` subjects of the study lead the others, so that θ begins near the maximum."""
+    return study.subjects.size >= 2 * count
 
 
 def newton_of(
