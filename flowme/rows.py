@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from flowme.columns import Columns
 from flowme.covariate_table import Covariates, Stated, read_covariates, remark
 from flowme.events import Timeline
 from flowme.occasions import read_occasions
 from flowme.regimen import Regimen, read_regimen, write_out
-from flowme.table import Columns, StudyError, StudyWarning, Table
+from flowme.table import StudyError, StudyWarning, Table, counted
 
 __all__ = ["Outcomes", "Rows", "read_rows"]
 
@@ -48,6 +49,9 @@ def read_rows(
     if frame.empty:
         raise StudyError(["expected at least one row; got an empty table"])
     table = Table(frame, columns.subject)
+    table.names(columns.subject)
+    if table.findings:  # lists and their like tell no subjects apart
+        raise StudyError(table.findings)
     code, ids = pd.factorize(frame[columns.subject])
     table.refuse(code < 0, f"an identifier in column {columns.subject!r}")
     time = table.numbers(columns.time, True)
@@ -86,8 +90,8 @@ def _warn_of_order(code: np.ndarray, time: np.ndarray, ids: list[Any]) -> None:
     for subjects, what in ((unsorted, "sorted by time"), (apart, "gathered from several places")):
         if subjects.size:
             warnings.warn(
-                f"The rows of {subjects.size} of {len(ids)} subjects were {what}, subject "
-                f"{ids[subjects[0]]!r} first; Study.to_frame gives them back as they were.",
+                f"The rows of {subjects.size} of {counted(len(ids), 'subject')} were {what}, "
+                f"subject {ids[subjects[0]]!r} first; Study.to_frame gives them back as they were.",
                 StudyWarning,
                 stacklevel=4,
             )

@@ -8,8 +8,16 @@ import flowme
 LAYERS = {
     1: {
         "study",
+        "labels",
+        "columns",
         "table",
         "rows",
+        "arrange",
+        "levels",
+        "writing",
+        "other_times",
+        "selection",
+        "description",
         "covariate_table",
         "regimen",
         "events",
