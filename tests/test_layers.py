@@ -23,6 +23,7 @@ LAYERS = {
         "events",
         "occasions",
         "datasets",
+        "simulated",
     },
     2: {
         "covariate",
