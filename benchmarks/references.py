@@ -135,7 +135,9 @@ def withering(study):
     a = fm.population("a", dist.HalfNormal(10.0), unit="%")
     law = fm.GaussianRandomEffect(["phi", "psi"], full=True, omega=[2.0, 0.3])
     eta = fm.random_effect("eta", law, study.subjects)
-    each = fm.individual(study.subjects, phi=phi + eta.phi, psi=psi * jnp.exp(eta.psi))
+    each = fm.individual(
+        study.subjects, name="variety", phi=phi + eta.phi, psi=psi * jnp.exp(eta.psi)
+    )
     f = 100 * jax.nn.sigmoid((study.time - each.phi[:, None]) / each.psi[:, None])
     fm.observe("senescence", fm.residual.constant(f, a), study)
 

@@ -44,6 +44,7 @@ def read_rows(
     stated: Stated,
     units: dict[str, str],
     keep_unobserved: bool,
+    replicates: bool,
 ) -> Rows:
     """Reads all rows, and refuses the table if anything is wrong with it."""
     if frame.empty:
@@ -60,7 +61,7 @@ def read_rows(
     covariates = read_covariates(table, columns, stated, code, time)
     occasions = read_occasions(table, columns.occasions, code, time)
     _refuse_early_doses(table, code, time, kinds.regimen)
-    for name, observed in outcomes.observed.items():
+    for name, observed in outcomes.observed.items() if not replicates else ():
         _refuse_duplicates(table, name, code, time, observed)
     nameable = ["time", "amount", *outcomes.values, *covariates.values]
     table.findings += [
@@ -247,4 +248,5 @@ def _refuse_duplicates(
         before = first.setdefault((code[row], time[row]), row)
         if before != row:
             expected = f"one value of {name!r} at time {time[row]:g}"
-            table.found(row, expected, f"another in {table.name(before)}")
+            advice = ". If both were measured, write replicates=True"
+            table.found(row, expected, f"another in {table.name(before)}{advice}")

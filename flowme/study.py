@@ -96,6 +96,7 @@ class Study:
         outcome_type: str | None = None,
         occasions: str | Sequence[str] | None = None,
         keep_unobserved: bool = False,
+        replicates: bool = False,
         units: Mapping[str, str] | None = None,
     ) -> "Study":
         """Reads a table with one row per measurement or dose.
@@ -151,6 +152,8 @@ class Study:
                 or several, from coarse to fine, each nested in those before it. An occasion does
                 not come back once another has begun.
             keep_unobserved: Whether to keep subjects without any measurement; else refused.
+            replicates: Whether an outcome may have been measured several times at one time (in as
+                many rows); else refused, as it is most often a mistake.
             units: Units by name of outcome or covariate, "time" and "amount".
 
         Returns:
@@ -188,7 +191,7 @@ class Study:
         units = dict(units or {})
         names, stated = state(covariates, time_varying, categorical, missing_covariates)
         columns = find_columns(frame, named, names, tuple(stated.between))
-        rows = read_rows(frame, columns, stated, units, keep_unobserved)
+        rows = read_rows(frame, columns, stated, units, keep_unobserved, replicates)
         linear = tuple(name for name, rule in stated.between.items() if rule == "linear")
         return cls(**arrange(rows, frame.copy(), units, linear))
 

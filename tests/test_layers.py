@@ -48,7 +48,7 @@ LAYERS = {
         "schedule",
         "steady",
     },
-    3: {"primitives", "roles"},
+    3: {"primitives", "hierarchy", "roles"},
     4: {"infer"},
     5: {"predict", "convert"},
     6: {"diagnostics", "plots", "report"},
