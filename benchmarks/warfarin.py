@@ -1,6 +1,6 @@
 """Two outcomes of warfarin: concentrations, and the prothrombin activity that they lower.
 
-    python benchmarks/warfarin.py [figure.png]
+    python benchmarks/warfarin.py [folder for figures]
 
 32 subjects, one oral dose of 1.5 mg/kg; the data of O'Reilly (1968) are read in ../shared. Drug
 passes a transit compartment and the gut; activity turns over, and the drug inhibits its production:
@@ -90,7 +90,7 @@ def model(study):
     fm.observe("pca", fm.residual.constant(state[..., 3], a_activity), study)
 
 
-def main(figure=None):
+def main(folder=None):
     study = fm.Study.from_csv(
         DATA, "id", "time", "dv", outcome_type="dvid", amount="amt", event="evid", replicates=True,
         units={"time": "h", "cp": "mg/L", "pca": "%", "amount": "mg"},
@@ -106,8 +106,9 @@ def main(figure=None):
     found["% apart"] = 100 * (found["estimate"] / found["published"] - 1)
     apart = (found["estimate"] - found["published"]).abs() > 2 * found["SE"]
     print(found.assign(beyond=np.where(apart, "*", "")).round(4).to_string())
-    if figure:
-        fm.plots.individual_fits(fit).savefig(figure)
+    for outcome in study.outcomes if folder else ():
+        figure = fm.plots.individual_fits(fit, outcome=outcome)
+        figure.savefig(Path(folder) / f"warfarin_{outcome}.png")
 
 
 if __name__ == "__main__":
