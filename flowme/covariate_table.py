@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from flowme.table import Columns, StudyWarning, Table
+from flowme.columns import Columns, by_name, names_in
+from flowme.levels import level_of, read_levels, wrong_levels
+from flowme.table import StudyError, StudyWarning, Table, counted, is_empty
 
-__all__ = ["Covariates", "Stated", "level_of", "read_covariates", "state", "write_levels"]
+__all__ = ["Covariates", "Stated", "read_covariates", "state"]
 
 
 class Stated(NamedTuple):
@@ -37,31 +39,19 @@ def state(
     missing: Mapping[str, Any] | None,
 ) -> tuple[tuple[str, ...], Stated]:
     """The names of all covariates, and what is stated about them."""
-    between = _by_name(time_varying, "carried")
-    chosen = _by_name(categorical, None)
+    between = by_name("time_varying", time_varying, "carried")
+    chosen = by_name("categorical", categorical, None)
     levels = {
-        name: None if given is None else tuple(level_of(x) for x in _list(given))
+        name: None if given is None else tuple(map(level_of, names_in("categorical", given)))
         for name, given in chosen.items()
     }
-    names = tuple(dict.fromkeys([*_list(covariates), *between, *levels]))
+    if missing is not None and not isinstance(missing, Mapping):
+        advice = f"Write missing_covariates={{name: {missing!r}}}"
+        raise StudyError(
+            [f"expected missing_covariates= to have a rule by name; got {missing!r}. {advice}"]
+        )
+    names = tuple(dict.fromkeys([*names_in("covariates", covariates), *between, *levels]))
     return names, Stated(between, levels, dict(missing or {}))
-
-
-def _by_name(names: Any, otherwise: Any) -> dict[Any, Any]:
-    return dict(names) if isinstance(names, Mapping) else dict.fromkeys(_list(names), otherwise)
-
-
-def _list(names: Any) -> list[Any]:
-    return [] if names is None else [names] if isinstance(names, str) else list(names)
-
-
-def level_of(cell: Any) -> Any:
-    """The level that a cell stands for; None for an empty one. 1.0 is the level 1: a column of
-    whole numbers with an empty cell is float in pandas."""
-    if pd.isna(cell) or (isinstance(cell, str) and not cell.strip()):
-        return None
-    cell = cell.item() if isinstance(cell, np.generic) else cell
-    return int(cell) if isinstance(cell, float) and cell.is_integer() else cell
 
 
 def read_covariates(
@@ -83,17 +73,17 @@ def read_covariates(
     for name in names:
         categorical = name in stated.levels or table.frame[name].dtype == "category"
         if categorical:
-            values, levels = _read_levels(table, name, stated.levels.get(name))
+            values, levels = read_levels(table, name, stated.levels.get(name))
             found.levels[name] = levels
         else:
             other = f", or declare the covariate: categorical={name!r}"
             values, levels = table.numbers(name, or_text=other), ()
-        empty = np.array([level_of(cell) is None for cell in table.frame[name]])
+        empty = np.array([is_empty(cell) for cell in table.frame[name]])
         if name not in stated.missing:
             kind = "a level" if categorical else "a finite number"
             what = f"{kind} in column {name!r}"
             advice = f". Or state a rule: missing_covariates={{{name!r}: ...}}"
-            table.refuse(empty, what, values, advice)
+            table.refuse_empty(empty, name, what, advice)
         elif empty.any():
             constant = name in columns.covariates
             rule = stated.missing[name]
@@ -130,31 +120,11 @@ def _check_stated(table: Table, stated: Stated, names: tuple[str, ...]) -> None:
                 f"Write time_varying={{{name!r}: 'carried'}}"
             )
     for name, levels in stated.levels.items():
-        if levels is not None and (not levels or len(set(levels)) < len(levels)):
+        if levels is not None and wrong_levels(levels):
             table.findings.append(
-                f"expected one or more different levels of {name!r}; got {list(levels)}"
+                f"expected one or more different levels of {name!r}, none of them empty; got "
+                f"{list(levels)}"
             )
-
-
-def _read_levels(
-    table: Table, name: str, declared: tuple[Any, ...] | None
-) -> tuple[np.ndarray, tuple[Any, ...]]:
-    """Codes of the levels of a column, `[row]`, NaN where the cell is empty; and the levels: those
-    declared, or those that occur, in the order of the categories of the column or sorted."""
-    column = table.frame[name]
-    cells = [level_of(cell) for cell in column]
-    present = {cell for cell in cells if cell is not None}
-    if declared is not None:
-        levels = declared
-    elif isinstance(column.dtype, pd.CategoricalDtype):
-        levels = tuple(x for x in map(level_of, column.cat.categories) if x in present)
-    else:
-        levels = tuple(sorted(present, key=lambda x: (isinstance(x, str), x)))
-    place = {level: number for number, level in enumerate(levels)}
-    for row, cell in enumerate(cells):
-        if cell is not None and cell not in place:
-            table.found(row, f"a level of {name!r}, one of {list(levels)}", f"{cell!r}")
-    return np.array([place.get(cell, np.nan) for cell in cells], np.float64), levels
 
 
 def _fill(
@@ -172,12 +142,12 @@ def _fill(
     if constant:  # what stands in another row of the subject holds in all
         column = column.fillna(column.groupby(code).transform("first"))
     own = "the subject's own value" if constant else ""
-    if rule == "carried":
+    if isinstance(rule, str) and rule == "carried":
         how = own or "the subject's last value, its first one before that"
         return _carried(table, name, column, code, time), how
     if levels:
         rest, shown = _code(table, name, rule, levels), repr(rule)
-    elif rule == "median":
+    elif isinstance(rule, str) and rule == "median":
         rest = _median(table, name, column, code)
         shown = f"the median over subjects, {rest:g}"
     else:
@@ -204,7 +174,14 @@ def _carried(
 
 
 def _finite(table: Table, name: str, rule: Any) -> float:
-    """The number to fill in."""
+    """The number to fill in; True or False of a covariate that has no other values."""
+    cells = [cell for cell in table.frame[name] if not is_empty(cell)]
+    if cells and all(isinstance(cell, bool | np.bool_) for cell in cells):
+        if isinstance(rule, Real) and rule in (0, 1):
+            return float(rule)
+        expected = f"missing_covariates={{{name!r}: ...}} to be 'carried', True or False"
+        table.findings.append(f"expected {expected}; got {rule!r}")
+        return np.nan
     if isinstance(rule, Real) and not isinstance(rule, bool) and np.isfinite(float(rule)):
         return float(rule)
     expected = f"missing_covariates={{{name!r}: ...}} to be 'median', 'carried' or a number"
@@ -233,9 +210,9 @@ def _remark(table: Table, name: str, empty: np.ndarray, code: np.ndarray, how: s
     subjects = list(dict.fromkeys(table.ids[row] for row in np.flatnonzero(empty)))
     shown = ", ".join(map(repr, subjects[:10])) + (", ..." if len(subjects) > 10 else "")
     return (
-        f"Covariate {name!r} is empty in {empty.sum()} rows of {len(subjects)} of "
-        f"{code.max() + 1} subjects ({shown}). Filled in: {how}. Study.to_frame leaves the cells "
-        "empty."
+        f"Covariate {name!r} is empty in {counted(empty.sum(), 'row')} of {len(subjects)} of "
+        f"{counted(code.max() + 1, 'subject')} ({shown}). Filled in: {how}. "
+        "Study.to_frame leaves the cells empty."
     )
 
 
@@ -259,24 +236,3 @@ def _refuse_changes(
                 f"{shown(row)} here and {shown(before)} in {table.name(before)}. "
                 "Name it in time_varying=... if it changes",
             )
-
-
-def write_levels(
-    frame: pd.DataFrame, column: str, rows: np.ndarray, levels: tuple[Any, ...], codes: np.ndarray
-) -> None:
-    """Writes levels into rows of a column; the column keeps its dtype if that can hold them."""
-    old = frame[column]
-    cells = old.astype(object).to_numpy(copy=True)
-    changed = False
-    for row, code in zip(rows.tolist(), codes.tolist(), strict=True):
-        if level_of(cells[row]) != levels[code]:
-            cells[row], changed = levels[code], True
-    if not changed:
-        return
-    new = pd.Series(cells, index=old.index, dtype=object)
-    try:
-        same = new.astype(old.dtype)
-        new = same if same.isna().equals(new.isna()) else new
-    except (TypeError, ValueError):  # text into a column of numbers
-        pass
-    frame[column] = new.array

@@ -47,7 +47,7 @@ def read_occasions(
     order = np.lexsort((time, code))
     key = code.astype(np.int64)
     for name in columns:
-        cells = [None if str(cell).strip() in ("", ".") else cell for cell in table.frame[name]]
+        cells = [None if str(cell).strip() == "." else cell for cell in table.names(name)]
         level, _ = pd.factorize(pd.Series(cells, dtype=object))
         table.refuse(level < 0, f"an occasion in column {name!r}")
         key = pd.factorize(pd.MultiIndex.from_arrays([key, level]))[0]

@@ -22,6 +22,7 @@ from numpyro.primitives import Messenger
 from flowme.infer.conditional import Conditional, importance, likelihood_at, population_law
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights, start_weights
+from flowme.levels import same_levels
 from flowme.study import Study
 
 Result: TypeAlias = Fit | MCMC
@@ -52,7 +53,7 @@ def predict(
             level of a categorical covariate that the study fitted does not have.
     """
     point = estimate(result, conditional=not population)
-    study = point.study if study is None else study.with_levels(point.study.levels)
+    study = point.study if study is None else same_levels(study, point.study)
     joint = point.joint.on(study)
     if point.eta is None:
         eta = jnp.zeros((study.subjects.size, joint.effect_size))
@@ -93,7 +94,7 @@ def simulate(
     if replicates < 1:
         raise ValueError(f"expected at least 1 replicate; got {replicates}.")
     point = estimate(result, conditional=False)
-    study = point.study if study is None else study.with_levels(point.study.levels)
+    study = point.study if study is None else same_levels(study, point.study)
     key_theta, key = jax.random.split(key)
     thetas = jax.random.choice(key_theta, point.thetas, (replicates,))
     keys = jax.random.split(key, replicates)

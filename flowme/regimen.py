@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flowme.columns import Columns
 from flowme.events import Timeline
-from flowme.table import Columns, Table
+from flowme.table import Table
 
 __all__ = ["Regimen", "read_regimen", "write_out"]
 
@@ -116,7 +117,7 @@ def _read_repeats(
     alone = (interval > 0) & (additional == 0) & (steady == 0)
     wanted = f"{columns.additional or 'ADDL'} or {columns.steady_state or 'SS'}"
     advice = f". Say what is repeated, or write {columns.interval} 0"
-    table.refuse(alone, f"{wanted} above 0 with {columns.interval}", None, advice)
+    table.refuse(alone, f"{wanted} above 0 with {columns.interval}", advice=advice)
     return np.maximum(additional, 0), np.maximum(interval, 0), steady == 1
 
 

@@ -21,6 +21,7 @@ from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
 from flowme.predict import Estimate, Result, estimate, mcmc_draws
 from flowme.study import Study
+from flowme.table import counted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,7 +240,7 @@ def _mcmc_footer(mcmc: MCMC, point: Estimate) -> tuple[str, ...]:
 
 def _size(study: Study) -> str:
     observations = sum(int(np.sum(mask)) for mask in study.observed.values())
-    return f"{study.subjects.size} subjects, {observations} observations"
+    return f"{counted(study.subjects.size, 'subject')}, {counted(observations, 'observation')}"
 
 
 # The printed table.

@@ -22,6 +22,7 @@ from numpyro.primitives import Messenger
 
 from flowme.effects import RandomEffect
 from flowme.flow_effect import FlowRandomEffect
+from flowme.hierarchy import group_effects
 from flowme.study import Study
 
 
@@ -48,6 +49,7 @@ class Roles(NamedTuple):
     shapes: dict[str, tuple[int, ...]]  # event shape of each random effect
     present: dict[str, np.ndarray]  # of effects between occasions, [subject, occasion]
     changing: tuple[str, ...]  # sites of individual parameters that change in time
+    groups: dict[str, tuple[str, ...]]  # effects of groups, and what their priors depend on
 
     @property
     def effect_names(self) -> tuple[str, ...]:
@@ -86,7 +88,7 @@ def roles(model: Callable, study: Study) -> Roles:
     """
     sites, declared = _trace(model, study)
     starts, wrong = jax.tree.map(np.asarray, _inspect(model, study))
-    found = Roles({}, {}, {}, {}, (), declared, {}, {}, ())
+    found = Roles({}, {}, {}, {}, (), declared, {}, {}, (), {})
     outcomes, changing = [], []
     for name, site in sites.items():
         about = _about(site)
@@ -119,7 +121,9 @@ def roles(model: Callable, study: Study) -> Roles:
         )
     if not outcomes:
         raise ValueError("expected a model with an outcome; got none. Write fm.observe(...).")
-    return found._replace(outcomes=tuple(outcomes), changing=tuple(changing))
+    many = [n for n, site in found.population.items() if site.shape and not site.effect]
+    groups = group_effects(model, study, many, found.population)
+    return found._replace(outcomes=tuple(outcomes), changing=tuple(changing), groups=groups)
 
 
 def _trace(model: Callable, study: Study) -> tuple[dict[str, dict], dict[str, Any]]:

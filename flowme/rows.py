@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from flowme.columns import Columns
 from flowme.covariate_table import Covariates, Stated, read_covariates, remark
 from flowme.events import Timeline
 from flowme.occasions import read_occasions
 from flowme.regimen import Regimen, read_regimen, write_out
-from flowme.table import Columns, StudyError, StudyWarning, Table
+from flowme.table import StudyError, StudyWarning, Table, counted
 
 __all__ = ["Outcomes", "Rows", "read_rows"]
 
@@ -43,11 +44,15 @@ def read_rows(
     stated: Stated,
     units: dict[str, str],
     keep_unobserved: bool,
+    replicates: bool,
 ) -> Rows:
     """Reads all rows, and refuses the table if anything is wrong with it."""
     if frame.empty:
         raise StudyError(["expected at least one row; got an empty table"])
     table = Table(frame, columns.subject)
+    table.names(columns.subject)
+    if table.findings:  # lists and their like tell no subjects apart
+        raise StudyError(table.findings)
     code, ids = pd.factorize(frame[columns.subject])
     table.refuse(code < 0, f"an identifier in column {columns.subject!r}")
     time = table.numbers(columns.time, True)
@@ -56,7 +61,7 @@ def read_rows(
     covariates = read_covariates(table, columns, stated, code, time)
     occasions = read_occasions(table, columns.occasions, code, time)
     _refuse_early_doses(table, code, time, kinds.regimen)
-    for name, observed in outcomes.observed.items():
+    for name, observed in outcomes.observed.items() if not replicates else ():
         _refuse_duplicates(table, name, code, time, observed)
     nameable = ["time", "amount", *outcomes.values, *covariates.values]
     table.findings += [
@@ -86,8 +91,8 @@ def _warn_of_order(code: np.ndarray, time: np.ndarray, ids: list[Any]) -> None:
     for subjects, what in ((unsorted, "sorted by time"), (apart, "gathered from several places")):
         if subjects.size:
             warnings.warn(
-                f"The rows of {subjects.size} of {len(ids)} subjects were {what}, subject "
-                f"{ids[subjects[0]]!r} first; Study.to_frame gives them back as they were.",
+                f"The rows of {subjects.size} of {counted(len(ids), 'subject')} were {what}, "
+                f"subject {ids[subjects[0]]!r} first; Study.to_frame gives them back as they were.",
                 StudyWarning,
                 stacklevel=4,
             )
@@ -243,4 +248,5 @@ def _refuse_duplicates(
         before = first.setdefault((code[row], time[row]), row)
         if before != row:
             expected = f"one value of {name!r} at time {time[row]:g}"
-            table.found(row, expected, f"another in {table.name(before)}")
+            advice = ". If both were measured, write replicates=True"
+            table.found(row, expected, f"another in {table.name(before)}{advice}")

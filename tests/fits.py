@@ -5,12 +5,14 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro.infer import MCMC
 
 from flowme import datasets, residual
 from flowme.closed_forms import oral_one_compartment
 from flowme.effects import GaussianRandomEffect
+from flowme.infer.conditional import Conditional
 from flowme.infer.fit import Fit
 from flowme.infer.nuts import nuts
 from flowme.infer.vem import VariationalEM
@@ -45,3 +47,15 @@ def theophylline_nuts() -> MCMC:
             absorption, fit.study, jax.random.key(1), fit=fit,
             num_warmup=100, num_samples=100, num_chains=2, progress=False,
         )  # fmt: skip
+
+
+def rough_fit(joint, study, seed=0, near=None):
+    """Some fit: what it says costs NUTS time, never correctness."""
+    rng = np.random.default_rng(seed)
+    n, d, p = study.subjects.size, joint.effect_size, joint.size
+    theta = joint.unconstrain(near or {}) + 0.1 * rng.normal(size=p)
+    weights = {k: w + 0.1 * rng.normal(size=w.shape) for k, w in joint.roles.weights.items()}
+    tril = np.tril(0.1 * rng.normal(size=(n, d, d))) + 0.4 * np.eye(d)
+    conditional = Conditional(jnp.asarray(0.3 * rng.normal(size=(n, d))), jnp.asarray(tril))
+    zero = np.zeros(n)
+    return Fit(joint, study, theta, weights, conditional, zero, zero, 10 * np.eye(p), zero, True)

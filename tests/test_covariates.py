@@ -35,7 +35,8 @@ SEXES = {
     "numbers": ([2, 2, 2, 1, 1], "sex", (1, 2), [1, 0]),
     "numbers beside an empty cell": ([2, 2, nan, 1, 1], {"sex": None}, (1, 2), [1, 0]),
     "categories, unasked": (
-        pd.Categorical(list("MMMFF"), categories=["M", "other", "F"]), (), ("M", "F"), [0, 1]
+        pd.Categorical(list("MMMFF"), categories=["M", "other", "F"]), (),
+        ("M", "other", "F"), [0, 2],
     ),
 }  # fmt: skip
 
@@ -171,7 +172,7 @@ BAD = {
     "a level twice": (
         dict(x=list("MMMFF")),
         dict(categorical={"x": ["F", "M", "F"]}),
-        ["one or more different levels of 'x'; got ['F', 'M', 'F']"],
+        ["one or more different levels of 'x', none of them empty; got ['F', 'M', 'F']"],
     ),
     "levels that change": (
         dict(x=list("MMFFF")),
@@ -209,7 +210,7 @@ BAD = {
         [
             "row 0, subject 1: expected a finite number in column 'w'; got nan. Or state a rule: "
             "missing_covariates={'w': ...}",
-            "row 1, subject 1: expected a level in column 'x'; got nan",
+            "row 1, subject 1: expected a level in column 'x'; got an empty cell. Or state",
             "row 3, subject 2: expected a level of 'x', one of ['a', 'b']; got 'c'",
             "missing_covariates={'z': ...} to be 'median', 'carried' or a number; got 'mean'",
             "expected missing_covariates to name covariates, of ['w', 'x', 'z']; got 'v'",

@@ -32,6 +32,27 @@ def test_theophylline():
     np.testing.assert_array_equal(study.time[:, 0], study.doses.time[:, 0])
 
 
+def test_orange_and_indomethacin():
+    trees, drug = datasets.orange(), datasets.indomethacin()
+    assert trees.observed["circumference"].sum() == 35 and trees.ids == (1, 2, 3, 4, 5)
+    assert trees.values["circumference"].max() == 214 and trees.time.max() == 1582
+    assert drug.observed["conc"].sum() == 66 and drug.subjects.size == 6
+    assert drug.values["conc"].max() == 2.72 and drug.time.max() == 8
+
+
+def test_isoniazid():
+    study, some = datasets.isoniazid(), datasets.isoniazid(censored=False)
+    assert study.observed["conc"].sum() == 814 and some.observed["conc"].sum() == 775
+    below = study.censored["conc"] == 1
+    assert below.sum() == 39 and not some.censored
+    np.testing.assert_array_equal(study.values["conc"][below], 0.01)
+    assert np.bincount(study.covariates["ACE_PROFILE"]).tolist() == [43, 45, 16]
+    by_genotype = (
+        study.doses.amount[:, 0] == np.array([300, 900, 1500])[study.covariates["ACE_PROFILE"]]
+    )
+    assert by_genotype.all() and study.occasions["OCC"].present.sum() == 207
+
+
 def test_theophylline_baseline_adds_the_measurements_at_time_zero():
     rows = datasets.theophylline(baseline=True).to_frame()
     assert (rows["EVID"] == 0).sum() == 132

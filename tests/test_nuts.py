@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 import pandas as pd
 import pytest
 from cases import line_model, line_study
+from fits import rough_fit
 from numpyro.diagnostics import effective_sample_size
 from numpyro.distributions import biject_to
 from numpyro.infer.util import log_density
@@ -21,24 +22,11 @@ from flowme.infer import nuts as module
 from flowme.infer.chains import doubts
 from flowme.infer.conditional import Conditional
 from flowme.infer.coordinates import Coordinates
-from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
 from flowme.infer.whiten import whiten
 from flowme.mixture_effect import MixtureRandomEffect
 
 NAMES = ["level", "slope"]
-
-
-def rough_fit(joint, study, seed=0, near=None):
-    """Some fit: what it says costs NUTS time, never correctness."""
-    rng = np.random.default_rng(seed)
-    n, d, p = study.subjects.size, joint.effect_size, joint.size
-    theta = joint.unconstrain(near or {}) + 0.1 * rng.normal(size=p)
-    weights = {k: w + 0.1 * rng.normal(size=w.shape) for k, w in joint.roles.weights.items()}
-    tril = np.tril(0.1 * rng.normal(size=(n, d, d))) + 0.4 * np.eye(d)
-    conditional = Conditional(jnp.asarray(0.3 * rng.normal(size=(n, d))), jnp.asarray(tril))
-    zero = np.zeros(n)
-    return Fit(joint, study, theta, weights, conditional, zero, zero, 10 * np.eye(p), zero, True)
 
 
 def two_sites(study):

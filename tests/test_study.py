@@ -851,6 +851,15 @@ def test_subject_without_observations_is_kept_on_request():
     pd.testing.assert_frame_equal(study.to_frame(), frame)
 
 
+def test_replicates_are_kept_on_request():
+    frame = _plain().assign(t=[0.0, 0.0, 2.5, 0.5, 0.5])
+    with pytest.raises(StudyError, match=r"2 findings(?s:.*)measured, write replicates=True"):
+        Study.from_frame(frame, **NAMES)
+    study = Study.from_frame(frame, **NAMES, replicates=True)
+    np.testing.assert_array_equal(study.values["y"], [[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]])
+    pd.testing.assert_frame_equal(study.to_frame(), frame)
+
+
 def test_reordering_is_said():
     with pytest.warns(StudyWarning, match="1 of 2 subjects were sorted by time, subject 2 first"):
         Study.from_frame(_plain().iloc[[0, 1, 2, 4, 3]], **NAMES)

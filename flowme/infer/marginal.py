@@ -17,6 +17,7 @@ from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
 from flowme.infer.parallel import by_chunk
 from flowme.infer.pareto import TOO_HEAVY, pareto_k
+from flowme.levels import same_levels
 from flowme.study import Study
 
 POINTS = 320  # per subject and replicate: of these 256, a whole Sobol net, near the mode
@@ -78,7 +79,7 @@ def marginal_log_likelihood(
     Warns:
         UserWarning: subjects with a Pareto k̂ above .7 (also in `messages`).
     """
-    study = fit.study if study is None else study.with_levels(fit.study.levels)
+    study = fit.study if study is None else same_levels(study, fit.study)
     found = estimate_marginal(
         key, fit.joint.on(study), fit.theta, fit.weights, study,
         points=points, replicates=replicates,

@@ -6,11 +6,12 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.handlers import lift, substitute
+from numpyro.handlers import condition, lift, substitute
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.hmc import HMCState, hmc
 from numpyro.infer.util import ParamInfo
@@ -235,8 +236,27 @@ def _quick_fit(key: jax.Array, joint: Joint, study: Study, progress: bool) -> Fi
     model = replace_effect(joint.model, **flows) if flows else joint.model
     if not joint.size:
         return _prior_fit(joint, study)
+    held = {
+        name: joint.roles.population[name].init
+        for others in joint.roles.groups.values()
+        for name in others
+    }
+    model = condition(model, data=held) if held else model
     fit = VariationalEM(model, use_priors=True).run(key, study, progress=progress)
+    fit = _placed(fit, joint, held) if held else fit
     return dataclasses.replace(fit, joint=joint, weights=start_weights(joint))
+
+
+def _placed(fit: Fit, joint: Joint, held: dict[str, Any]) -> Fit:
+    """A fit with some parameters held, as one of all: it knows nothing of those."""
+    theta = joint.unconstrain({**fit.joint.constrain(fit.theta), **held})
+    information = np.zeros((joint.size, joint.size))
+    if fit.information is not None:
+        own = np.concatenate(
+            [np.arange(joint.size)[joint.slices[name]] for name in fit.joint.slices]
+        )
+        information[np.ix_(own, own)] = fit.information
+    return dataclasses.replace(fit, theta=theta, information=information)
 
 
 def _prior_fit(joint: Joint, study: Study) -> Fit:

@@ -17,6 +17,7 @@ from flowme.infer.conditional import Conditional, find
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
 from flowme.infer.mixing import directional
+from flowme.levels import same_levels
 from flowme.study import Study
 
 
@@ -32,7 +33,7 @@ class Search:
     @classmethod
     def of(cls, fit: Fit, study: Study | None) -> Search:
         joint = fit.joint
-        own = fit.study if study is None else study.with_levels(fit.study.levels)
+        own = fit.study if study is None else same_levels(study, fit.study)
         mean, covariance = joint.effect_moments(jax.random.key(0), fit.theta, fit.weights, own)
         likelihood = Likelihood(joint, fit.theta, fit.weights, own)
         if study is None or study is fit.study:

@@ -173,6 +173,7 @@ class VariationalEM:
         """
         clock = Clock()
         joint, progress = Joint.of(self.model, study), progress and jax.process_index() == 0
+        _refuse_groups(joint)
         kept = Checkpoint()
         if checkpoint is not None:
             kept = Checkpoint.open(checkpoint, asked(self, key, joint, study, init or {}))
@@ -362,3 +363,16 @@ class VariationalEM:
         if name not in self._programs:
             self._programs[name] = jax.jit(make())
         return self._programs[name]
+
+
+def _refuse_groups(joint: Joint) -> None:
+    """Effects of groups have a joint density without a maximum, and priors that likelihood
+    ignores."""
+    for name, others in joint.roles.groups.items():
+        raise ValueError(
+            f"expected priors of population parameters that do not depend on others; got that of "
+            f"{name!r}, which depends on {', '.join(map(repr, others))}: a random effect of "
+            "groups, over which VariationalEM does not integrate. Draw from the posterior by "
+            f"fm.nuts(model, study, key); or give {name!r} a prior of numbers, to estimate the "
+            "groups as fixed effects."
+        )
