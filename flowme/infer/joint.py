@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -162,20 +162,18 @@ class Joint:
         sites = self.sites(values, weights, eta, study)
         outcomes = [sites[name] for name in self.roles.outcomes]
         leaves, tree = jax.tree.flatten([site["fn"] for site in outcomes])
-        moving = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
+        order = [i for law in tree.unflatten(range(len(leaves))) for i in _by_name(law)]
+        moving = [i for i in order if jnp.issubdtype(jnp.result_type(leaves[i]), jnp.inexact)]
 
         def log_prob(x):
-            rest = iter(x)
-            laws = tree.unflatten(
-                [next(rest) if m else y for m, y in zip(moving, leaves, strict=True)]
-            )
+            now = dict(zip(moving, x, strict=True))
+            laws = tree.unflatten([now.get(i, y) for i, y in enumerate(leaves)])
             zero = jnp.zeros(eta.shape[0])
             terms = ({**site, "fn": law} for site, law in zip(outcomes, laws, strict=True))
             return sum(map(_log_prob, terms), zero)
 
         positive = [flag for site in outcomes for flag in _positive(site["fn"])]
-        kept = [(jnp.asarray(x), p) for x, m, p in zip(leaves, moving, positive, strict=True) if m]
-        return [x for x, _ in kept], log_prob, [p for _, p in kept]
+        return [jnp.asarray(leaves[i]) for i in moving], log_prob, [positive[i] for i in moving]
 
     def log_prior(self, theta: jax.Array, study: Study) -> jax.Array:
         """log p(θ) on the parameters' own scale, no Jacobian: the penalty of MAP estimation."""
@@ -281,6 +279,15 @@ def _positive(law: dist.Distribution) -> list[bool]:
             known = support in (constraints.positive, constraints.nonnegative)
             found += [known] * len(jax.tree.leaves(child))
     return found
+
+
+def _by_name(law: dist.Distribution) -> Iterator[Any]:
+    """The leaves of a law in the order of the names of its fields. NumPyro's own order is that of
+    a set, another one in every process, and a program written in it would be compiled anew."""
+    fields = zip(type(law).gather_pytree_data_fields(), law.tree_flatten()[0], strict=True)
+    for _, child in sorted(fields, key=lambda field: field[0]):
+        own = isinstance(child, dist.Distribution)
+        yield from _by_name(child) if own else jax.tree.leaves(child)
 
 
 def _log_prob(site: dict) -> jax.Array:
