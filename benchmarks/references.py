@@ -143,15 +143,18 @@ def withering(study):
 
 
 def acetylators(weight, genotype):
-    """One compartment, oral; lognormal ka, V, CL. Weight scales CL and V by powers that are
-    estimated; the genotype has two effects on log CL."""
+    """One compartment; lognormal V and CL, which weight scales by powers that are estimated; the
+    genotype has two effects on log CL. The first sample, at 1 h, does not tell ka (estimated, it
+    wanders off to 43/h and beyond), so it is held at 100/h, without a random effect. The reference
+    estimated all three and says neither ka nor which powers of weight: it cannot be reproduced to
+    .3. Without covariates -2LL is 1850.7 by brute force on a grid of (V, CL)."""
 
     def model(study):
-        ka = fm.population("ka", dist.LogNormal(0.5, 1.0), unit="1/h")
+        ka = fm.population("ka", dist.LogNormal(0.5, 1.0), fixed=100.0, unit="1/h")
         V = fm.population("V", dist.LogNormal(4.0, 1.0), unit="L")
         CL = fm.population("CL", dist.LogNormal(3.0, 1.0), unit="L/h")
         b = fm.population("b", dist.HalfNormal(0.5))
-        eta = fm.random_effect("eta", fm.GaussianRandomEffect(["ka", "V", "CL"]), study.subjects)
+        eta = fm.random_effect("eta", fm.GaussianRandomEffect(["V", "CL"]), study.subjects)
         log_V, log_CL = eta.V, eta.CL
         if weight:
             size = jnp.log(study.covariates["WT"] / 70)
@@ -163,7 +166,7 @@ def acetylators(weight, genotype):
                 study, "ACE_PROFILE", fm.population("genotype", law)
             )
         psi = fm.individual(
-            study.subjects, ka=ka * jnp.exp(eta.ka), V=V * jnp.exp(log_V), CL=CL * jnp.exp(log_CL)
+            study.subjects, ka=ka + 0 * eta.V, V=V * jnp.exp(log_V), CL=CL * jnp.exp(log_CL)
         )
         fm.observe("conc", fm.residual.proportional(fm.oral_one_compartment(psi, study), b), study)
 
@@ -178,6 +181,7 @@ def without_censored():
     return fm.datasets.isoniazid(censored=False)
 
 
+CLEARED = {"V": 80.0, "CL": 20.0}
 REFERENCES = {
     "orange": [
         Reference(
@@ -219,9 +223,9 @@ REFERENCES = {
         )
     ],
     "isoniazid": [
-        Reference(without_censored, acetylators(False, False), {}, 1848.2, "exact"),
-        Reference(without_censored, acetylators(True, False), {}, 1720.6, "exact"),
-        Reference(without_censored, acetylators(True, True), {}, 1657.0, "exact"),
+        Reference(without_censored, acetylators(False, False), {}, 1848.2, "exact", None, CLEARED),
+        Reference(without_censored, acetylators(True, False), {}, 1720.6, "exact", None, CLEARED),
+        Reference(without_censored, acetylators(True, True), {}, 1657.0, "exact", None, CLEARED),
     ],
 }  # fmt: skip
 

@@ -223,8 +223,8 @@ def test_nuts_with_a_flow(few):
     fit = replace(fit, conditional=near)
     mcmc = fm.nuts(model, study, jax.random.key(1), fit=fit, num_warmup=300, num_samples=700,
                    num_chains=2, progress=False)  # fmt: skip
-    levels, omegas = np.linspace(0.0, 2.0, 61), np.linspace(0.15, 1.4, 51)
-    log_p, eta = np.zeros((61, 51)), np.zeros((61, 51, study.subjects.size))
+    levels, omegas = np.linspace(0.0, 2.0, 41), np.linspace(0.15, 1.4, 36)
+    log_p, eta = np.zeros((41, 36)), np.zeros((41, 36, study.subjects.size))
     weights = fit.weights["eta_weights"]
     inside = jax.jit(lambda w, x: law.with_parameters(omega=w[None], weights=weights).log_prob(x))
     given = conditional(table, NODES, **KNOWN)

@@ -156,12 +156,20 @@ def _expand(predicted: Callable, eta: jax.Array) -> tuple[jax.Array, jax.Array, 
 
 
 def _cholesky(matrix: jax.Array) -> jax.Array:
-    """Cholesky factors; of a matrix that is not positive definite, of the diagonal one that
-    bounds it (its absolute row sums)."""
+    """Cholesky factors; of a matrix that is not positive definite, of |A|, which has its
+    eigenvectors and the absolute values of its eigenvalues and bounds it: along a narrow ridge
+    steps stay long, across it short."""
     factor = jnp.linalg.cholesky(matrix)
-    bound = jnp.sqrt(jnp.sum(jnp.abs(matrix), -1))[..., None] * jnp.eye(matrix.shape[-1])
     failed = jnp.any(jnp.isnan(factor), (-1, -2), keepdims=True)
-    return jnp.where(failed, bound, factor)
+
+    def bounded(_):
+        values, vectors = jnp.linalg.eigh(matrix)
+        size = jnp.abs(values)
+        size = jnp.maximum(size, 1e-10 * jnp.max(size, -1, keepdims=True))
+        bound = (vectors * size[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
+        return jnp.where(failed, jnp.linalg.cholesky(bound), factor)
+
+    return jax.lax.cond(jnp.any(failed), bounded, lambda _: factor, None)
 
 
 def _inverse(tril: jax.Array) -> jax.Array:

@@ -1,0 +1,68 @@
+"""Conditional distributions that are narrow ridges: isoniazid, whose 24 h sample tells CL / V far
+better than either, under a proportional error, whose curvature is not positive far from a mode."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from scipy.special import logsumexp
+
+import flowme as fm
+from flowme.infer.conditional import find
+from flowme.infer.joint import Joint
+from flowme.infer.marginal import estimate_marginal
+
+THETA = {"V": 89.3, "CL": 19.9, "b": 0.415, "eta_omega": [0.365, 0.423]}
+
+
+def clearance(study):
+    V = fm.population("V", dist.LogNormal(4.0, 1.0))
+    CL = fm.population("CL", dist.LogNormal(3.0, 1.0))
+    b = fm.population("b", dist.HalfNormal(0.5))
+    eta = fm.random_effect("eta", fm.GaussianRandomEffect(["V", "CL"]), study.subjects)
+    psi = fm.individual(study.subjects, V=V * jnp.exp(eta.V), CL=CL * jnp.exp(eta.CL))
+    fm.observe("conc", fm.residual.proportional(fm.iv_one_compartment(psi, study), b), study)
+
+
+def exact(study, points=201):
+    """log p(y_i) by the trapezoidal rule over a grid of η / ω, `[subject]`."""
+    u = np.linspace(-6.0, 6.0, points)
+    z = np.stack(np.meshgrid(u, u, indexing="ij"))
+    prior = -0.5 * (z**2).sum(0) - np.log(2 * np.pi) + 2 * np.log(u[1] - u[0])
+    V, CL = (
+        THETA[n] * np.exp(w * x) for n, w, x in zip(("V", "CL"), THETA["eta_omega"], z, strict=True)
+    )
+    found = []
+    for i, keep in enumerate(study.observed["conc"]):
+        t, y = study.time[i, keep], study.values["conc"][i, keep]
+        f = np.zeros((t.size, points, points))
+        for start, amount in zip(study.doses.time[i], study.doses.amount[i], strict=True):
+            since = np.maximum(t - start, 0)[:, None, None]
+            f += (t >= start)[:, None, None] * amount / V * np.exp(-CL / V * since)
+        sd = THETA["b"] * np.maximum(f, 1e-100)
+        terms = -0.5 * ((y[:, None, None] - f) / sd) ** 2 - np.log(sd) - 0.5 * np.log(2 * np.pi)
+        found.append(logsumexp(terms.sum(0) + prior))
+    return np.array(found)
+
+
+def test_modes_on_ridges_are_found_and_the_integral_is_right():
+    study = fm.datasets.isoniazid(censored=False).subset(ids=["CG_141", "CG_146", "CG_171", "CG_3"])
+    joint = Joint.of(clearance, study)
+    theta = joint.unconstrain({n: np.asarray(x) for n, x in THETA.items()})
+    conditional = find(joint, theta, {}, study)
+    values = joint.constrain(theta)
+
+    @jax.jit
+    @jax.grad
+    def slope(eta):
+        parts = joint.likelihood, joint.effect_density
+        return sum(jnp.sum(part(values, {}, eta, study)) for part in parts)
+
+    across = np.einsum("sde,sd->se", conditional.scale_tril, slope(conditional.mean))
+    assert np.max(np.abs(across)) < 1e-3  # in SDs of the Gaussian around the mode
+    spread = np.sqrt(np.einsum("sde,sde->sd", conditional.scale_tril, conditional.scale_tril))
+    assert np.all(spread > 0.1) and np.all(spread < 0.5)
+    marginal = estimate_marginal(jax.random.key(0), joint, theta, {}, study)
+    error = np.abs(marginal.log_likelihood - exact(study))
+    assert np.all(error < 4.5 * marginal.standard_error + 1e-3)
+    assert np.max(marginal.standard_error) < 0.02 and not marginal.messages
