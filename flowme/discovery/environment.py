@@ -162,9 +162,15 @@ def reset(env: Environment, batch: tuple[int, ...] = ()) -> State:
 
 def step(env: Environment, state: State, action: Any) -> State:
     """The state after an action (drop, add), integers [..., 2]. Once done, nothing changes."""
-    nothing = len(env.library)
     drop, add = jnp.asarray(action)[..., 0], jnp.asarray(action)[..., 1]
     legal = _at(mask_drop(env, state), drop) & _at(mask_add(env, state, drop), add)
+    return act(env, state, action, legal)
+
+
+def act(env: Environment, state: State, action: Any, legal: Any = True) -> State:
+    """`step` for actions whose legality, bool [...], is known."""
+    nothing = len(env.library)
+    drop, add = jnp.asarray(action)[..., 0], jnp.asarray(action)[..., 1]
     acts = legal & ~state.done
     rows = jnp.arange(nothing)
     changed = (state.chosen & (rows != drop[..., None])) | (rows == add[..., None])

@@ -1,0 +1,115 @@
+"""The graph policy as one arm of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from .environment import Environment
+from .learner import Features, Learner, LearnerState, init, orders_of, sample, update
+
+_TOGETHER = 64  # structures for which an order is found by one program
+
+
+class PolicyArm:
+    """Proposes what a policy samples, and learns from all that was fitted, whoever proposed it.
+
+    Args:
+        env: what may be built.
+        features: `features(memory) -> Features`, what the data say of the candidates, given what
+            the search knows. They should be of one type, so that nothing is compiled twice.
+        learner: how it learns.
+        params: weights to begin with, of tasks of any size; new ones if None.
+        screen: `screen(memory, structures [n, L]) -> [n]`, the lower the better. If given, a
+            proposal has several rounds and the policy learns from the screen between them, as the
+            generations of a genetic algorithm do.
+        rounds: of a proposal with a screen.
+        seed: of the first weights.
+    """
+
+    def __init__(
+        self,
+        env: Environment,
+        features: Callable[[Any], Features],
+        *,
+        learner: Learner | None = None,
+        params: Any = None,
+        screen: Callable[[Any, np.ndarray], np.ndarray] | None = None,
+        rounds: int = 4,
+        seed: int = 0,
+    ):
+        self.env, self.features, self.learner = env, features, learner or Learner()
+        self.params, self.screen, self.rounds, self.seed = params, screen, rounds, seed
+        self.state: LearnerState | None = None
+        self._now: Any = None
+        self._orders: dict[bytes, np.ndarray] = {}
+
+    def propose(self, rng: np.random.Generator, n: int, memory: Any) -> np.ndarray:
+        """Structures to screen, bool [n, L]."""
+        self._now = self.features(memory)
+        rounds = self.rounds if self.screen is not None else 1
+        self._orders.clear()
+        found = []
+        for i in range(rounds):
+            structures, orders = self._sample(rng, max(1, n // rounds))
+            found.append(structures)
+            if self.screen is not None and i < rounds - 1:
+                scores = np.asarray(self.screen(memory, structures))
+                self._learn(structures, orders, -scores, elite=False)
+        return np.concatenate(found)
+
+    def update(self, structures: np.ndarray, rewards: np.ndarray) -> None:
+        """Learns from structures [n, L] that were fitted and their rewards [n]."""
+        structures, rewards = np.asarray(structures, bool), np.asarray(rewards, float)
+        if self._now is None or not len(structures):
+            return  # before its first proposal it knows no data
+        orders = np.zeros((len(structures), self._begin().orders.shape[1]), np.int32)
+        buildable = np.ones(len(structures), bool)
+        others = []
+        for i, structure in enumerate(structures):
+            if structure.tobytes() in self._orders:
+                orders[i] = self._orders[structure.tobytes()]
+            else:
+                others.append(i)
+        for part in np.array_split(others, range(_TOGETHER, len(others), _TOGETHER)):
+            rows = part.astype(int)
+            orders[rows], buildable[rows] = self._order(structures[rows], len(rows))
+        self._learn(structures[buildable], orders[buildable], rewards[buildable], elite=True)
+
+    def _begin(self) -> LearnerState:
+        if self.state is None:
+            key = jax.random.key(self.seed)
+            self.state = init(self.learner, key, self.env, self._now, self.params)
+        return self.state
+
+    def _sample(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+        key = jax.random.key(int(rng.integers(2**31)))
+        state = self._begin()
+        found = sample(self.learner.policy, state.params, key, self.env, self._now, n)
+        structures, orders = (np.asarray(x) for x in found)
+        for structure, order in zip(structures, orders, strict=True):
+            self._orders[structure.tobytes()] = order
+        return structures, orders
+
+    def _order(self, structures: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Orders in which structures of others can be built, and whether they can."""
+        padded = np.pad(structures, ((0, _TOGETHER - n), (0, 0)))
+        key = jax.random.key(int(structures.sum()) + self.seed)
+        orders, buildable = orders_of(key, self.env, padded)
+        return np.asarray(orders)[:n], np.asarray(buildable)[:n]
+
+    def _learn(
+        self, structures: np.ndarray, orders: np.ndarray, rewards: np.ndarray, elite: bool
+    ) -> None:
+        before = self._begin()
+        if not len(structures):
+            return
+        after = update(self.learner, before, self.env, self._now, structures, orders, rewards)
+        if not elite:  # a screen's reward is on another scale than those of fits
+            after = after._replace(
+                structures=before.structures, orders=before.orders, rewards=before.rewards
+            )
+        self.state = after
