@@ -294,12 +294,9 @@ def _check_required(
             f"expected required reactions that are allowed; got {library.reactions[forbidden[0]]}, "
             "which a conservation law, the whitelist or the blacklist forbids"
         )
-    for r in np.flatnonzero(required):
-        others = [i for i in np.flatnonzero(required & parallel[r]) if i != r]
-        if others:
-            raise ValueError(
-                f"expected required reactions with different ODEs; got {library.reactions[r]} and "
-                f"{library.reactions[others[0]]}"
-            )
+    pairs = np.argwhere(np.triu(parallel & required & required[:, None], 1))
+    if len(pairs):
+        one, two = (library.reactions[r] for r in pairs[0])
+        raise ValueError(f"expected required reactions with different ODEs; got {one} and {two}")
     if required.sum() > most:
         raise ValueError(f"expected at most {most} required reactions; got {required.sum()}")

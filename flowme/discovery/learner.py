@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,13 +27,11 @@ import numpy as np
 import optax
 from jax import Array
 
-from .environment import Environment, State, act, mask_add, reset
-from .policy import Graph, GraphPolicy, graph_of
+from .environment import Environment, reset
+from .policy import GraphPolicy, graph_of
+from .rollout import UNIT, Features, Params, horizon, log_probability
 
-_MOST = 32  # structures of a batch that raise their probability, and as many that teach the value
-
-Features = Callable[[Array], Array]
-"""What the data say of the candidates: chosen, bool [..., L] -> [..., L, feature]."""
+_MOST = 16  # structures of a batch that raise their probability, and as many that teach the value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +51,10 @@ class Learner:
 
     policy: GraphPolicy = GraphPolicy()
     epsilon: float = 0.05
-    elites: int = 24
+    elites: int = 16
     elite_weight: float = 1.0
     entropy: float = 0.02
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     updates: int = 4
 
     @property
@@ -66,17 +63,17 @@ class Learner:
 
 
 class LearnerState(NamedTuple):
-    """Weights, and the elite.
+    """What was learned, and the elite.
 
     Attributes:
-        params: weights of the policy.
+        params: weights.
         optimizer: state of the optimiser.
         structures: the elite, bool [K, L], the best first.
         orders: how each is built, additions [K, T].
         rewards: of each, [K].
     """
 
-    params: Any
+    params: Params
     optimizer: Any
     structures: np.ndarray
     orders: np.ndarray
@@ -93,12 +90,28 @@ class Batch(NamedTuple):
 
 
 def init(
-    learner: Learner, key: Array, env: Environment, features: Features, params: Any = None
+    learner: Learner,
+    key: Array,
+    env: Environment,
+    features: Features,
+    policy: Any = None,
+    prior: Any = None,
 ) -> LearnerState:
-    """The state to begin a task with; `params` are weights of earlier tasks, of any size."""
-    if params is None:
-        params = _weights(learner.policy, key, env, features)
+    """The state to begin a task with.
+
+    Args:
+        learner: how it learns.
+        key: for new weights.
+        env: what may be built.
+        features: what the data say.
+        policy: weights of earlier tasks, of any size; new ones if None.
+        prior: log prior weight of each reaction, [L]; all alike if None.
+    """
     size, length = len(env.library), horizon(env)
+    if policy is None:
+        policy = _weights(learner.policy, key, env, features)
+    bias = np.zeros(size) if prior is None else np.asarray(prior) / UNIT
+    params = Params(policy, jnp.asarray(bias, float))
     return LearnerState(
         params,
         learner.optimizer.init(params),
@@ -112,89 +125,6 @@ def init(
 def _weights(policy: GraphPolicy, key: Array, env: Environment, features: Features) -> Any:
     first = reset(env)
     return policy.init(key, graph_of(env), first, features(first.chosen))
-
-
-def horizon(env: Environment) -> int:
-    """Most additions of an episode: reactions, hidden species, and the stop."""
-    return min(env.max_steps, env.max_reactions + len(env.hidden) + 1)
-
-
-@partial(jax.jit, static_argnames=("policy", "n"))
-def sample(
-    policy: GraphPolicy, params: Any, key: Array, env: Environment, features: Features, n: int
-) -> tuple[Array, Array]:
-    """n structures built by the policy, bool [n, L], and their additions, [n, T]."""
-    graph = graph_of(env)
-    encoded = policy.apply(params, graph, method="encode")
-
-    def logits(state: State) -> Array:
-        known = features(state.chosen)
-        output: Any = policy.apply(params, encoded, graph, state, known, method="decode")
-        return output.logits
-
-    return _play(key, env, logits, n)
-
-
-@jax.jit
-def orders_of(key: Array, env: Environment, structures: Array) -> tuple[Array, Array]:
-    """A random order in which each structure [n, L] can be built, additions [n, T], and whether
-    there is one, bool [n]."""
-    deepest = jnp.max(jnp.where(structures, env.level, 0), -1)
-
-    def logits(state: State) -> Array:
-        wanted = structures & ~state.chosen
-        stop = ~wanted.any(-1, keepdims=True)
-        opens = (deepest > state.hidden)[..., None]
-        may = jnp.concatenate([wanted, stop, opens], -1)
-        # Where it cannot be built, anything: it is discarded.
-        return jnp.where(may, 0.0, -1e3)
-
-    built, orders = _play(key, env, logits, len(structures))
-    return orders, (built == structures).all(-1)
-
-
-def _play(key: Array, env: Environment, logits: Callable, n: int) -> tuple[Array, Array]:
-    def one(state: State, key: Array) -> tuple[State, Array]:
-        legal = jnp.where(mask_add(env, state), logits(state), -jnp.inf)
-        add = jax.random.categorical(key, legal)
-        add = jnp.where(state.done, len(env.library), add)
-        action = jnp.stack([jnp.full_like(add, len(env.library)), add], -1)
-        return act(env, state, action), add
-
-    last, orders = jax.lax.scan(one, reset(env, (n,)), jax.random.split(key, horizon(env)))
-    return last.chosen, orders.T
-
-
-def log_probability(
-    policy: GraphPolicy, params: Any, env: Environment, features: Features, orders: Array
-) -> tuple[Array, Array, Array]:
-    """log π(τ) [n] of additions [n, T]; the entropy of its steps, their mean, [n]; and the value
-    of each state before, [n, T]."""
-    size = len(env.library)
-    graph: Graph = graph_of(env)
-    first = reset(env, orders.shape)
-    one_hot = jax.nn.one_hot(orders, size + 2, dtype=jnp.int32)
-    before = jnp.cumsum(one_hot, 1) - one_hot
-    state = State(
-        chosen=first.chosen | (before[..., :size] > 0),
-        hidden=first.hidden + before[..., size + 1],
-        steps=first.steps - jnp.arange(orders.shape[1]),
-        done=before[..., size] > 0,
-    )
-    output: Any = policy.apply(params, graph, state, features(state.chosen))
-    legal = jnp.where(mask_add(env, state), output.logits, -jnp.inf)
-    log_p = jax.nn.log_softmax(legal)
-    taken = jnp.take_along_axis(log_p, orders[..., None], -1)[..., 0]
-    # Double where: -inf times 0 has no derivative.
-    finite = jnp.where(jnp.isfinite(log_p), log_p, 0.0)
-    entropy = -jnp.sum(jnp.exp(log_p) * finite, -1)
-    alive = ~state.done
-    steps = jnp.maximum(alive.sum(-1), 1)
-    return (
-        jnp.sum(jnp.where(alive, taken, 0.0), -1),
-        jnp.sum(jnp.where(alive, entropy, 0.0), -1) / steps,
-        output.value,
-    )
 
 
 @partial(jax.jit, static_argnames=("learner",))

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from .environment import Environment
-from .learner import Features, Learner, LearnerState, init, orders_of, sample, update
+from .learner import Learner, LearnerState, init, update
+from .rollout import Features, orders_of, sample
 
 _TOGETHER = 64  # structures for which an order is found by one program
 
@@ -22,7 +23,8 @@ class PolicyArm:
         features: `features(memory) -> Features`, what the data say of the candidates, given what
             the search knows. They should be of one type, so that nothing is compiled twice.
         learner: how it learns.
-        params: weights to begin with, of tasks of any size; new ones if None.
+        policy: weights of the network to begin with, of tasks of any size; new ones if None.
+        prior: log prior weight of each reaction, [L]; all alike if None.
         screen: `screen(memory, structures [n, L]) -> [n]`, the lower the better. If given, a
             proposal has several rounds and the policy learns from the screen between them, as the
             generations of a genetic algorithm do.
@@ -36,13 +38,15 @@ class PolicyArm:
         features: Callable[[Any], Features],
         *,
         learner: Learner | None = None,
-        params: Any = None,
+        policy: Any = None,
+        prior: Any = None,
         screen: Callable[[Any, np.ndarray], np.ndarray] | None = None,
         rounds: int = 4,
         seed: int = 0,
     ):
         self.env, self.features, self.learner = env, features, learner or Learner()
-        self.params, self.screen, self.rounds, self.seed = params, screen, rounds, seed
+        self.policy, self.prior, self.seed = policy, prior, seed
+        self.screen, self.rounds = screen, rounds
         self.state: LearnerState | None = None
         self._now: Any = None
         self._orders: dict[bytes, np.ndarray] = {}
@@ -82,7 +86,7 @@ class PolicyArm:
     def _begin(self) -> LearnerState:
         if self.state is None:
             key = jax.random.key(self.seed)
-            self.state = init(self.learner, key, self.env, self._now, self.params)
+            self.state = init(self.learner, key, self.env, self._now, self.policy, self.prior)
         return self.state
 
     def _sample(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
