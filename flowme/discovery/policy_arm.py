@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from .environment import Environment
 from .learner import Learner, LearnerState, init, update
 from .rollout import Features, orders_of, sample
 
-_TOGETHER = 64  # structures for which an order is found by one program
+_TOGETHER = 64  # structures that one program builds: one compilation, and bounded memory
 
 
 class PolicyArm:
@@ -47,7 +47,8 @@ class PolicyArm:
         self.env, self.features, self.learner = env, features, learner or Learner()
         self.policy, self.prior, self.seed = policy, prior, seed
         self.screen, self.rounds = screen, rounds
-        self.state: LearnerState | None = None
+        self._learned: LearnerState | None = None
+        self._kept: dict[str, np.ndarray] = {}
         self._now: Any = None
         self._orders: dict[bytes, np.ndarray] = {}
 
@@ -83,17 +84,40 @@ class PolicyArm:
             orders[rows], buildable[rows] = self._order(structures[rows], len(rows))
         self._learn(structures[buildable], orders[buildable], rewards[buildable], elite=True)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """What it has learned, as arrays by name; a search keeps it after each round."""
+        if self._learned is None:
+            return self._kept
+        leaves = jax.tree_util.tree_leaves_with_path(self._learned)
+        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `state` gave."""
+        self._kept, self._learned = dict(arrays), None
+
+    @property
+    def weights(self) -> Any:
+        """Weights of the network, for tasks of any size."""
+        return self._begin().params.policy
+
     def _begin(self) -> LearnerState:
-        if self.state is None:
+        if self._learned is None:
+            if self._now is None:
+                raise ValueError("expected a proposal before the weights are asked for; got none")
             key = jax.random.key(self.seed)
-            self.state = init(self.learner, key, self.env, self._now, self.policy, self.prior)
-        return self.state
+            fresh = init(self.learner, key, self.env, self._now, self.policy, self.prior)
+            paths, tree = jax.tree_util.tree_flatten_with_path(fresh)
+            kept = [self._kept.get(jax.tree_util.keystr(path), leaf) for path, leaf in paths]
+            self._learned = jax.tree.unflatten(tree, kept)
+        return self._learned
 
     def _sample(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-        key = jax.random.key(int(rng.integers(2**31)))
-        state = self._begin()
-        found = sample(self.learner.policy, state.params, key, self.env, self._now, n)
-        structures, orders = (np.asarray(x) for x in found)
+        params, policy = self._begin().params, self.learner.policy
+        parts = []
+        for _ in range(-(-n // _TOGETHER)):
+            key = jax.random.key(int(rng.integers(2**31)))
+            parts.append(sample(policy, params, key, self.env, self._now, _TOGETHER))
+        structures, orders = (np.concatenate(x)[:n] for x in zip(*parts, strict=True))
         for structure, order in zip(structures, orders, strict=True):
             self._orders[structure.tobytes()] = order
         return structures, orders
@@ -116,4 +140,4 @@ class PolicyArm:
             after = after._replace(
                 structures=before.structures, orders=before.orders, rewards=before.rewards
             )
-        self.state = after
+        self._learned = after
