@@ -144,6 +144,15 @@ def test_only_the_rank_of_a_reward_counts(sampled):
     np.testing.assert_array_equal(a.structures[0], structures[best])
 
 
+def arm_of(env, seed=0, policy=None, prior=None):
+    """An arm that is told nothing by data."""
+    features = FixedFeatures(jnp.zeros((len(env.library), 3)))
+    return PolicyArm(
+        LEARNER, policy, space=lambda memory: env, features=lambda memory: features,
+        prior=lambda memory: prior, seed=seed,
+    )  # fmt: skip
+
+
 def found_by(arm, rng, reward, rounds):
     """Rewards of `rounds` of 50 structures, [round, structure]."""
     seen = []
@@ -164,7 +173,7 @@ def test_learns_a_planted_optimum():
 
     for seed in range(2):
         rng = np.random.default_rng(seed)
-        arm = PolicyArm(ENV, lambda memory: FEATURES, learner=LEARNER, seed=seed)
+        arm = arm_of(ENV, seed)
         learned = found_by(arm, rng, reward, 16)
         ranks = np.argsort(np.argsort(rng.random((800, L)), 1), 1)
         random = reward(ranks < rng.integers(1, 9, size=(800, 1)))
@@ -174,7 +183,7 @@ def test_learns_a_planted_optimum():
 
 def test_learns_from_structures_of_others():
     """A structure that another arm found becomes likely; one that cannot be built is left out."""
-    arm = PolicyArm(ENV, lambda memory: FEATURES, learner=LEARNER, seed=0)
+    arm = arm_of(ENV)
     rng = np.random.default_rng(0)
     arm.propose(rng, 50, None)
     better = mask(PAIR, PREDATION)
@@ -187,9 +196,9 @@ def test_goes_on_where_it_was_kept():
     def reward(structures):
         return -np.sum(structures, -1).astype(float)
 
-    arm = PolicyArm(ENV, lambda memory: FEATURES, learner=LEARNER, seed=0)
+    arm = arm_of(ENV)
     found_by(arm, np.random.default_rng(0), reward, 2)
-    other = PolicyArm(ENV, lambda memory: FEATURES, learner=LEARNER, seed=1)
+    other = arm_of(ENV, seed=1)
     other.restore(arm.state())
     one, two = (found_by(a, np.random.default_rng(1), reward, 2) for a in (arm, other))
     np.testing.assert_array_equal(one, two)
@@ -198,12 +207,10 @@ def test_goes_on_where_it_was_kept():
 def test_weights_of_one_task_begin_another():
     """The network's weights go to any library; the bias is of its own task."""
     env = environment(up_to_second_order("ABC"))
-    features = FixedFeatures(jnp.zeros((90, 3)))
-    weights = PolicyArm(ENV, lambda memory: FEATURES, learner=LEARNER)
-    weights.propose(np.random.default_rng(0), 50, None)
-    trained = weights.weights
+    first = arm_of(ENV)
+    first.propose(np.random.default_rng(0), 50, None)
     likely = np.where(mask(env.library, ["A -> B", "B -> C"]), 8.0, 0.0)
-    arm = PolicyArm(env, lambda memory: features, learner=LEARNER, policy=trained, prior=likely)
+    arm = arm_of(env, policy=first.weights, prior=likely)
     proposed = arm.propose(np.random.default_rng(0), 50, None)
     both = proposed[:, likely > 0].all(1)
     assert both[proposed.sum(1) > 1].mean() > 0.9 and both.sum() > 20

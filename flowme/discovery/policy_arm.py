@@ -6,25 +6,50 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from .environment import Environment
+from .candidate_features import GramFeatures
+from .environment import Environment, environment
 from .learner import Learner, LearnerState, init, update
 from .rollout import Features, orders_of, sample
 
 _TOGETHER = 64  # structures that one program builds: one compilation, and bounded memory
 
 
+def space_of(memory: Any) -> Environment:
+    """What may be built in a search: from its problem's library, as many reactions as its slots."""
+    return environment(memory.problem.library, max_reactions=memory.problem.slots)
+
+
+def features_of(memory: Any) -> GramFeatures:
+    """What is left to explain by the search's screen, its species weighted by their variance."""
+    screen = memory.screen
+    weight = 1 / np.asarray(screen.variance)
+    return GramFeatures(
+        gram=jnp.asarray(np.tensordot(weight, screen.gram, 1)),
+        moment=jnp.asarray(np.tensordot(weight, screen.cross, 1)),
+        total=jnp.asarray(weight @ screen.total),
+        records=jnp.asarray(float(memory.problem.courses.count.sum())),
+        most=memory.problem.slots,
+    )
+
+
+def prior_of(memory: Any) -> np.ndarray:
+    """Log prior weight of each reaction, [L]."""
+    return memory.prior
+
+
 class PolicyArm:
     """Proposes what a policy samples, and learns from all that was fitted, whoever proposed it.
 
     Args:
-        env: what may be built.
-        features: `features(memory) -> Features`, what the data say of the candidates, given what
-            the search knows. They should be of one type, so that nothing is compiled twice.
         learner: how it learns.
         policy: weights of the network to begin with, of tasks of any size; new ones if None.
-        prior: log prior weight of each reaction, [L]; all alike if None.
+        space: `space(memory) -> Environment`, asked once: what may be built.
+        features: `features(memory) -> Features`, asked at each proposal: what the data say of
+            the candidates. They should be of one type, so that nothing is compiled twice.
+        prior: `prior(memory) -> [L]`, asked once: log prior weights of the reactions.
         screen: `screen(memory, structures [n, L]) -> [n]`, the lower the better. If given, a
             proposal has several rounds and the policy learns from the screen between them, as the
             generations of a genetic algorithm do.
@@ -34,26 +59,30 @@ class PolicyArm:
 
     def __init__(
         self,
-        env: Environment,
-        features: Callable[[Any], Features],
-        *,
         learner: Learner | None = None,
         policy: Any = None,
-        prior: Any = None,
+        *,
+        space: Callable[[Any], Environment] = space_of,
+        features: Callable[[Any], Features] = features_of,
+        prior: Callable[[Any], Any] = prior_of,
         screen: Callable[[Any, np.ndarray], np.ndarray] | None = None,
         rounds: int = 4,
         seed: int = 0,
     ):
-        self.env, self.features, self.learner = env, features, learner or Learner()
-        self.policy, self.prior, self.seed = policy, prior, seed
+        self.learner, self.policy, self.seed = learner or Learner(), policy, seed
+        self.space, self.features, self.prior = space, features, prior
         self.screen, self.rounds = screen, rounds
+        self.env: Any = None
+        self._given: Any = None
+        self._now: Any = None
         self._learned: LearnerState | None = None
         self._kept: dict[str, np.ndarray] = {}
-        self._now: Any = None
         self._orders: dict[bytes, np.ndarray] = {}
 
     def propose(self, rng: np.random.Generator, n: int, memory: Any) -> np.ndarray:
         """Structures to screen, bool [n, L]."""
+        if self.env is None:
+            self.env, self._given = self.space(memory), self.prior(memory)
         self._now = self.features(memory)
         rounds = self.rounds if self.screen is not None else 1
         self._orders.clear()
@@ -105,7 +134,7 @@ class PolicyArm:
             if self._now is None:
                 raise ValueError("expected a proposal before the weights are asked for; got none")
             key = jax.random.key(self.seed)
-            fresh = init(self.learner, key, self.env, self._now, self.policy, self.prior)
+            fresh = init(self.learner, key, self.env, self._now, self.policy, self._given)
             paths, tree = jax.tree_util.tree_flatten_with_path(fresh)
             kept = [self._kept.get(jax.tree_util.keystr(path), leaf) for path, leaf in paths]
             self._learned = jax.tree.unflatten(tree, kept)
