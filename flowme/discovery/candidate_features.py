@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +54,8 @@ class GramFeatures:
 
     gram: Array
     moment: Array
-    total: float
-    records: float
+    total: Any
+    records: Any
     most: int = 8
 
     def __call__(self, chosen: Array) -> Array:
