@@ -14,7 +14,7 @@ from flowme.discovery.environment import State, environment, mask_add, reset
 from flowme.discovery.learner import Learner, init, update
 from flowme.discovery.policy import GraphPolicy, graph_of, padded
 from flowme.discovery.policy_arm import PolicyArm
-from flowme.discovery.rollout import log_probability, orders_of, sample
+from flowme.discovery.rollout import Params, log_probability, orders_of, sample
 
 POLICY = GraphPolicy(width=8)
 LEARNER = Learner(POLICY, learning_rate=2e-2)
@@ -116,6 +116,25 @@ def test_begins_uniform_over_sizes_and_reactions(sampled):
         expected = -np.log(8) - np.log(np.array(ways, float)).sum()
         np.testing.assert_allclose(log_p[sizes == size][0], expected, rtol=1e-9)
     assert np.ptp(sizes) == 7 and (entropy > 1).all() and not np.any(value)
+
+
+def test_probabilities_of_all_episodes_sum_to_one(params):
+    """Of three reactions at most two: three episodes that stop after one, and six that are full."""
+    env = environment(Library("AB", ["A -> B", "B -> A", "0 -> A"]), max_reactions=2)
+    orders = [[i, 3, 3] for i in range(3)] + [
+        [i, j, 3] for i in range(3) for j in range(3) if j != i
+    ]
+    features = FixedFeatures(jnp.asarray(np.random.default_rng(4).normal(size=(3, 3))))
+    given = Params(params, jnp.array([0.1, -0.2, 0.05]))
+    log_p, _, _ = jax.jit(log_probability, static_argnums=0)(
+        POLICY, given, env, features, jnp.array(orders)
+    )
+    np.testing.assert_allclose(np.exp(log_p).sum(), 1.0, rtol=1e-10)
+    drawn = np.array(sample(POLICY, given, jax.random.key(0), env, features, 4000)[1])
+    counts = np.array([(drawn == order).all(1).sum() for order in np.array(orders)])
+    expected = 4000 * np.exp(np.asarray(log_p))
+    assert counts.sum() == 4000
+    assert np.sum((counts - expected) ** 2 / expected) < 29.6  # χ² of 8 degrees, p = .00025
 
 
 def test_orders_build_their_structures(sampled):

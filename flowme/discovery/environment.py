@@ -141,12 +141,7 @@ def environment(
         level=jnp.asarray(level, jnp.int32),
         present=jnp.asarray([present is None or s in present for s in library.species]),
     )
-    first = reset(env)._replace(hidden=jnp.asarray(len(hidden)))
-    if not mask_add(env, first)[: len(library)].any():
-        raise ValueError(
-            "expected some reaction that may be added; got none that the conservation laws, the "
-            "whitelist, the blacklist, the required reactions and the species present leave"
-        )
+    _check_something_left(env)
     return env
 
 
@@ -258,6 +253,15 @@ def _among(library: Library, reactions: Iterable[Reaction | str]) -> np.ndarray:
     rows = np.zeros(len(library), bool)
     rows[[library.index(r) for r in reactions]] = True
     return rows
+
+
+def _check_something_left(env: Environment) -> None:
+    first = reset(env)._replace(hidden=jnp.asarray(len(env.hidden)))
+    if not mask_add(env, first)[: len(env.library)].any():
+        raise ValueError(
+            "expected some reaction that may be added; got none that the conservation laws, the "
+            "whitelist, the blacklist, the required reactions and the species present leave"
+        )
 
 
 def _check_required(
