@@ -8,7 +8,9 @@ from .equivalence import class_key as class_key
 from .equivalence import recovers as recovers
 from .equivalence import same_ode as same_ode
 from .equivalence import sparsest as sparsest
+from .learner import Learner as Learner
 from .library import Library as Library
 from .library import up_to_second_order as up_to_second_order
 from .network import ReactionNetwork as ReactionNetwork
+from .policy_arm import PolicyArm as PolicyArm
 from .reaction import Reaction as Reaction
