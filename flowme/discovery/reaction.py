@@ -13,6 +13,7 @@ Complex = tuple[tuple[str, int], ...]
 
 _ARROW = re.compile(r"\s*(?:->|→)\s*")
 _TERM = re.compile(r"(\d*)\s*\*?\s*([^\W\d]\w*[*']*)")
+_LAW = re.compile(rf"(.*?)\s*\((\s*(?:{'|'.join(LAWS)})\s*)\)\s*", re.IGNORECASE)
 _NOTHING = ("", "0", "∅")
 
 
@@ -20,9 +21,9 @@ _NOTHING = ("", "0", "∅")
 class Reaction:
     """A reaction y → y' between complexes of species.
 
-    `reactants` and `products` are sorted tuples of (species, molecules). The rate of "A + B -> C"
-    is k A B by mass action; "michaelis-menten" is k A / (K + A) times its other reactants and
-    "hill" k Aⁿ / (Kⁿ + Aⁿ) times its other reactants, A being the first reactant by name.
+    `reactants` and `products` are sorted tuples of (species, molecules). The rate of "2A + B -> C"
+    is k A² B by mass action. By "michaelis-menten" it is k A / (K + A) and by "hill"
+    k Aⁿ / (Kⁿ + Aⁿ), times its other reactants as in mass action, A being its `substrate`.
     Two reactions are equal when they are the same chemistry, whatever the order of writing.
     """
 
@@ -46,9 +47,14 @@ class Reaction:
     def parse(cls, text: str, law: str = "mass action") -> Reaction:
         """The reaction a chemist writes: "2A -> B", "T + V -> I + V", "0 -> T".
 
+        A rate law other than `law` stands behind it: "S + E -> E + P (michaelis-menten)".
+
         Raises:
             ValueError: no arrow, or a term that is no count followed by a species' name.
         """
+        declared = _LAW.fullmatch(text)
+        if declared is not None:
+            text, law = declared[1], declared[2].strip().lower()
         sides = _ARROW.split(text.strip())
         if len(sides) != 2:
             raise ValueError(f"expected 'reactants -> products' with one arrow; got {text!r}")
@@ -64,9 +70,28 @@ class Reaction:
         """Molecules consumed: 0 for an inflow, 2 for an encounter."""
         return sum(n for _, n in self.reactants)
 
+    @property
+    def net(self) -> dict[str, int]:
+        """y' - y, by species; those that only take part as catalysts are left out."""
+        change = Counter(dict(self.products))
+        change.subtract(dict(self.reactants))
+        return {s: n for s, n in sorted(change.items()) if n}
+
+    @property
+    def substrate(self) -> str | None:
+        """The reactant in which a saturating rate law saturates: the first by name that the
+        reaction consumes, or else the first by name."""
+        names = [s for s, _ in self.reactants]
+        return next((s for s in names if self.net.get(s, 0) < 0), names[0] if names else None)
+
+    @property
+    def source(self) -> tuple[Complex, str]:
+        """What its rate depends on: the complex consumed, and the rate law."""
+        return self.reactants, self.law
+
     def __str__(self) -> str:
         law = "" if self.law == "mass action" else f" ({self.law})"
-        return f"{_written(self.reactants)} -> {_written(self.products)}{law}"
+        return f"{written(self.reactants)} -> {written(self.products)}{law}"
 
 
 def _complex(side: str, text: str) -> Complex:
@@ -84,5 +109,6 @@ def _complex(side: str, text: str) -> Complex:
     return tuple(sorted(counts.items()))
 
 
-def _written(complex_: Complex) -> str:
+def written(complex_: Complex) -> str:
+    """2A + B, or 0 for nothing."""
     return " + ".join(s if n == 1 else f"{n}{s}" for s, n in complex_) or "0"
