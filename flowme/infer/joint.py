@@ -162,12 +162,13 @@ class Joint:
         sites = self.sites(values, weights, eta, study)
         outcomes = [sites[name] for name in self.roles.outcomes]
         leaves, tree = jax.tree.flatten([site["fn"] for site in outcomes])
-        order = [i for law in tree.unflatten(range(len(leaves))) for i in _by_name(law)]
+        numbers = jax.tree.unflatten(tree, range(len(leaves)))
+        order = [i for law in numbers for i in _by_name(law)]
         moving = [i for i in order if jnp.issubdtype(jnp.result_type(leaves[i]), jnp.inexact)]
 
         def log_prob(x):
             now = dict(zip(moving, x, strict=True))
-            laws = tree.unflatten([now.get(i, y) for i, y in enumerate(leaves)])
+            laws = jax.tree.unflatten(tree, [now.get(i, y) for i, y in enumerate(leaves)])
             zero = jnp.zeros(eta.shape[0])
             terms = ({**site, "fn": law} for site, law in zip(outcomes, laws, strict=True))
             return sum(map(_log_prob, terms), zero)
