@@ -1,0 +1,249 @@
+r"""Rates of many structures by Levenberg's and Marquardt's method on their logarithms.
+
+Each step solves
+
+.. math:: (H + λ\, \mathrm{diag} H)\, δ = g, \qquad
+    H = \sum S^\top S / σ_s^2, \quad g = \sum S^\top r / σ_s^2,
+
+for the log rates and the unknown initial states of every condition, the latter eliminated
+condition by condition. Structures are worked off through B slots of one compiled program: when
+one has converged, or will not come near the best, the next takes its slot.
+
+Reference: Marquardt, J SIAM 11 (1963) 431.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from .problem import Problem
+from .simulate import Normal, Reactions, normal
+
+_LOWEST, _HIGHEST = np.log(1e-7), np.log(1e5)  # of a scaled rate
+_FARTHEST = 2.0  # step of a log rate
+
+
+class Estimate(NamedTuple):
+    """A structure and what its fit came to, in scaled units.
+
+    Attributes:
+        rows: of the library, sorted.
+        log_rates: [R].
+        initial: [C, S].
+        squares: Σ residual² of each species, [S].
+        deviance: see `Problem`; inf where the fit failed.
+        information: Gauss-Newton's Hessian of D/2 by the log rates, initial states eliminated,
+            [R, R].
+    """
+
+    rows: tuple[int, ...]
+    log_rates: np.ndarray
+    initial: np.ndarray
+    squares: np.ndarray
+    deviance: float
+    information: np.ndarray
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Fits structures to the deviance of a problem.
+
+    Attributes:
+        iterations: most steps of one structure.
+        tolerance: fall of the deviance in one step below which a structure has converged.
+        patience: a structure is given up when at its present pace it would take more than so many
+            steps to the best deviance known.
+    """
+
+    iterations: int = 40
+    tolerance: float = 0.02
+    patience: int = 60
+
+    def __call__(
+        self,
+        problem: Problem,
+        structures: Sequence[tuple[int, ...]],
+        starts: Sequence[np.ndarray],
+        best: float = np.inf,
+        initial: Sequence[np.ndarray] | None = None,
+        use: Any = None,
+    ) -> list[Estimate]:
+        """The estimates, one for each structure.
+
+        Args:
+            problem: data and library.
+            structures: rows of the library, at most `problem.slots` each.
+            starts: scaled rates to start from, [R] each.
+            best: deviance that a structure must come near; inf: all are fitted to the end.
+            initial: first guesses of the initial states, [C, S] each; the data's if None.
+            use: whether the fit sees each condition, [C] bool for each structure; all if None.
+        """
+        guesses = initial or [problem.courses.initial] * len(structures)
+        use = np.ones((len(structures), len(problem.courses.conditions))) if use is None else use
+        slots = _Slots(problem, self, best)
+        waiting = list(zip(range(len(structures)), structures, starts, guesses, use, strict=True))
+        done: dict[int, Estimate] = {}
+        while waiting or slots.busy.any():
+            for b in np.flatnonzero(~slots.busy):
+                if waiting:
+                    slots.take(b, *waiting.pop(0))
+            slots.step()
+            for b in slots.finished():
+                done[int(slots.name[b])] = slots.release(b)
+        return [done[i] for i in range(len(structures))]
+
+
+class _Slots:
+    """B structures in the middle of their fits: the present point of each, and its trial."""
+
+    def __init__(self, problem: Problem, method: LevenbergMarquardt, best: float):
+        B, R = problem.batch, problem.slots
+        C, S = problem.courses.initial.shape
+        self.problem, self.method, self.best = problem, method, best
+        self.busy = np.zeros(B, bool)
+        self.name = np.full(B, -1)
+        self.rows = np.full((B, R), len(problem.library))
+        self.size = np.zeros(B, int)
+        self.trial = np.zeros((B, R)), np.tile(problem.courses.initial, (B, 1, 1))
+        self.point = self.trial
+        self.variance = np.ones((B, S))
+        self.use = np.ones((B, C))
+        self.damping = np.full(B, 1e-2)
+        self.deviance = np.full(B, np.inf)
+        self.fall = np.full(B, np.inf)
+        self.count = np.zeros(B, int)
+        self.squares = np.full((B, S), np.inf)
+        self.equations: Any = None
+
+    def take(
+        self, b: int, name: int, rows: tuple[int, ...], start: Any, initial: Any, use: Any
+    ) -> None:
+        """Begin the fit of a structure in slot b."""
+        n = len(rows)
+        self.busy[b], self.name[b], self.size[b] = True, name, n
+        self.rows[b] = self.problem.rows([rows])[0]
+        log_rates, states = self.trial
+        log_rates[b] = 0.0
+        log_rates[b, :n] = np.clip(np.log(np.maximum(start, 1e-300)), _LOWEST, _HIGHEST)
+        states[b] = initial
+        self.use[b] = use
+        self.damping[b], self.deviance[b], self.fall[b], self.count[b] = 1e-2, np.inf, np.inf, 0
+        self.variance[b] = np.maximum(self.problem.floor**2, 1e-2)
+
+    def step(self) -> None:
+        """Evaluate the trials, keep those that are better, and make the next."""
+        squares, equations = evaluate(
+            self.problem, self.rows, *self.trial, self.variance, self.use
+        )
+        deviance = self.problem.deviance(squares)
+        better = deviance < self.deviance
+        with np.errstate(invalid="ignore"):
+            fall = np.where(np.isfinite(self.deviance), self.deviance - deviance, np.inf)
+        self.fall = np.where(better, fall, np.where(np.isfinite(self.deviance), self.fall, 0.0))
+        self.deviance = np.where(better, deviance, self.deviance)
+        self.squares = np.where(better[:, None], squares, self.squares)
+        self.damping = np.where(better, self.damping / 5, self.damping * 6)
+        self.point = tuple(
+            np.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+            for new, old in zip(self.trial, self.point, strict=True)
+        )
+        old = self.equations or equations
+        self.equations = tuple(
+            np.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, was)
+            for new, was in zip(equations, old, strict=True)
+        )
+        self.variance = np.where(
+            better[:, None], self.problem.variance(self.squares), self.variance
+        )
+        self.count += 1
+        self._propose()
+
+    def _propose(self) -> None:
+        gradient, hessian = (np.nan_to_num(a, posinf=0.0, neginf=0.0) for a in self.equations)
+        by_rates, by_states = solve(gradient, hessian, self.damping, self.problem.slots)
+        log_rates, states = self.point
+        log_rates = log_rates + np.clip(by_rates, -_FARTHEST, _FARTHEST)
+        if by_states.size:
+            states = np.clip(states + by_states, 0.0, 10.0)
+        self.trial = np.clip(log_rates, _LOWEST, _HIGHEST), states.copy()
+
+    def finished(self) -> np.ndarray:
+        """Slots whose structure has converged, failed, or will not come near the best."""
+        m = self.method
+        settled = (self.fall < m.tolerance) | (self.damping > 1e4) | (self.count >= m.iterations)
+        behind = self.deviance - self.best
+        hopeless = (self.count > 5) & (self.fall * m.patience < behind)
+        return np.flatnonzero(self.busy & ((self.count > 1) & settled | hopeless))
+
+    def release(self, b: int) -> Estimate:
+        self.busy[b] = False
+        n = self.size[b]
+        rows = tuple(int(r) for r in self.rows[b, :n])
+        information = eliminated(*(a[b : b + 1] for a in self.equations), self.problem.slots)[0]
+        return Estimate(
+            rows,
+            self.point[0][b, :n].copy(),
+            self.point[1][b].copy(),
+            self.squares[b].copy(),
+            float(self.deviance[b]),
+            information[:n, :n],
+        )
+
+
+def evaluate(
+    problem: Problem,
+    rows: np.ndarray,
+    log_rates: np.ndarray,
+    initial: np.ndarray,
+    variance: np.ndarray,
+    use: np.ndarray,
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Sums of squares [B, S], gradient [B, C, Q + O] and Hessian [B, C, Q + O, Q + O]."""
+    weight = use[:, :, None] / np.sqrt(variance)[:, None, :]  # [B, C, S]
+    result = normal(
+        Reactions(*map(jnp.asarray, problem.gather(rows))),
+        jnp.asarray(log_rates.T),
+        jnp.asarray(initial.transpose(2, 1, 0)),
+        jnp.asarray(weight.transpose(2, 1, 0)),
+        problem.design,
+        problem.substeps,
+    )
+    squares, gradient, hessian = Normal(*(np.asarray(a, float) for a in result))
+    squares = np.einsum("scb,bc->bs", squares, use)
+    return squares, (gradient.transpose(2, 1, 0), hessian.transpose(3, 2, 0, 1))
+
+
+def solve(
+    gradient: np.ndarray, hessian: np.ndarray, damping: np.ndarray, R: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """δ of the log rates [B, R] and of the initial states [B, C, S]."""
+    H = _damped(hessian, damping)
+    across = H[:, :, :R, R:]  # [B, C, R, O]
+    back = np.linalg.solve(H[:, :, R:, R:], np.swapaxes(across, -1, -2))  # [B, C, O, R]
+    own = np.linalg.solve(H[:, :, R:, R:], gradient[:, :, R:, None])  # [B, C, O, 1]
+    left = (H[:, :, :R, :R] - across @ back).sum(1)
+    right = (gradient[:, :, :R, None] - across @ own).sum(1)
+    rates = np.linalg.solve(left, right)
+    states = own - back @ rates[:, None]
+    return rates[..., 0], states[..., 0]
+
+
+def eliminated(gradient: np.ndarray, hessian: np.ndarray, R: int) -> np.ndarray:
+    """The Hessian by the log rates alone, initial states eliminated, [B, R, R]."""
+    del gradient
+    H = _damped(np.nan_to_num(hessian, posinf=0.0, neginf=0.0), np.zeros(len(hessian)))
+    across = H[:, :, :R, R:]
+    return (H[:, :, :R, :R] - across @ np.linalg.solve(H[:, :, R:, R:], np.swapaxes(across, -1, -2))).sum(1)
+
+
+def _damped(hessian: np.ndarray, damping: np.ndarray) -> np.ndarray:
+    """H + λ diag H; what nothing depends on (an empty slot) does not move."""
+    diagonal = np.einsum("bcii->bci", hessian)
+    more = damping[:, None, None] * diagonal + 1e-6
+    more = np.where(diagonal > 0, more, 1.0)
+    return hessian + more[..., None] * np.eye(hessian.shape[-1])

@@ -1,0 +1,103 @@
+"""What a search knows: every structure fitted, by its equivalence class, and screens around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from scipy.interpolate import CubicHermiteSpline
+
+from .equivalence import canonical
+from .fit import Estimate
+from .problem import Problem
+from .reward import Weights, complexity, prediction
+from .screen import Screen, integral_screen, tangent_screen
+from .simulate import path
+from .smooth import Smooth
+
+_ELITE = 6  # structures around which there are tangent screens
+
+
+class Scored(NamedTuple):
+    """A fit and its reward."""
+
+    fit: Estimate
+    prediction: float
+    complexity: float
+    reward: float
+
+
+class Memory:
+    """All fits of a search. It knows no truth: only the data, and what was asked to be fitted.
+
+    Attributes:
+        problem: data and library.
+        prior: log prior of each reaction, [L].
+        weights: of the reward's parts.
+        scored: by canonical rows.
+    """
+
+    def __init__(self, problem: Problem, prior: np.ndarray, weights: Weights):
+        self.problem, self.prior, self.weights = problem, prior, weights
+        self.scored: dict[tuple[int, ...], Scored] = {}
+        self._tangents: dict[tuple[int, ...], Screen] = {}
+        self._matched: tuple[tuple[int, ...], Screen] | None = None
+        self._splines = integral_screen(problem, Smooth(problem.courses))
+
+    def key(self, rows: Iterable[int]) -> tuple[int, ...]:
+        """The canonical structure of the same class."""
+        return canonical(self.problem.library, list(rows))
+
+    def add(self, fits: Iterable[Estimate]) -> None:
+        """Score fits and keep them."""
+        for fit in fits:
+            rows = self.problem.rows([fit.rows])
+            parameters = len(fit.rows) + int((~self.problem.courses.known).sum())
+            predicted = float(prediction(self.problem, fit.deviance, parameters))
+            simple = float(complexity(self.problem, self.prior, rows)[0])
+            total = self.weights.prediction * predicted + self.weights.complexity * simple
+            self.scored[fit.rows] = Scored(fit, predicted, simple, total)
+
+    def best(self, n: int = 1) -> list[Scored]:
+        """The n of largest reward, best first."""
+        return sorted(self.scored.values(), key=lambda s: -s.reward)[:n]
+
+    def penalty(self, rows: np.ndarray) -> np.ndarray:
+        """What is added to a deviance to make it -2n × reward, rows [n, R] padded by L."""
+        n = self.problem.courses.count.sum()
+        size = (rows < len(self.problem.library)).sum(1)
+        simple = complexity(self.problem, self.prior, rows) * n
+        return size * np.log(n) - 2 * self.weights.complexity * simple
+
+    @property
+    def screen(self) -> Screen:
+        """Integral matching along the trajectories of the best fit; splines before there is one."""
+        if not self.scored:
+            return self._splines
+        best = self.best()[0].fit
+        if self._matched is None or self._matched[0] != best.rows:
+            self._matched = best.rows, integral_screen(self.problem, Path(self.problem, best))
+        return self._matched[1]
+
+    def tangents(self) -> list[tuple[tuple[int, ...], Screen]]:
+        """Tangent screens of the best fits, with their structures."""
+        elite = [s.fit for s in self.best(_ELITE) if np.isfinite(s.fit.deviance)]
+        for fit in elite:
+            if fit.rows not in self._tangents:
+                self._tangents[fit.rows] = tangent_screen(self.problem, fit)
+        self._tangents = {fit.rows: self._tangents[fit.rows] for fit in elite}
+        return list(self._tangents.items())
+
+
+class Path(Smooth):
+    """The trajectories of a fit in place of a smoother: what it gives obeys an ODE."""
+
+    def __init__(self, problem: Problem, fit: Estimate):
+        x, slope = path(problem.reactions, fit.rows, fit.log_rates, fit.initial, problem.design, problem.substeps)
+        self.curves = {}
+        for c, time in enumerate(problem.courses.time):
+            t, first = np.unique(time, return_index=True)
+            for s in range(x.shape[-1]):
+                self.curves[c, s] = CubicHermiteSpline(t, x[c, first, s], slope[c, first, s])
+        self.variance = problem.variance(fit.squares)
