@@ -1,6 +1,8 @@
 """Discovery: the mechanistic model itself, a biochemical reaction network, from time courses."""
 
 from .conservation import conserved as conserved
+from .draw import draw as draw
+from .environment import environment as environment
 from .equivalence import canonical as canonical
 from .equivalence import class_key as class_key
 from .equivalence import recovers as recovers

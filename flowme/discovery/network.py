@@ -86,10 +86,14 @@ class ReactionNetwork:
         """The rate k_r of each reaction, in the order of `reactions`."""
         return tuple(self.parameters[name] for name in self.names)
 
+    def names_of(self, r: int) -> tuple[str, ...]:
+        """Names of the parameters of reaction r: of its k and, if its law has them, K and n."""
+        kinds = _CONSTANTS[self.reactions[r].law]
+        return self.names[r], *(f"{kind}{r + 1}" for kind in kinds)
+
     def constants(self, r: int) -> tuple[Any, ...]:
         """K, or K and n, of reaction r; nothing by mass action."""
-        kinds = _CONSTANTS[self.reactions[r].law]
-        return tuple(self.parameters[f"{kind}{r + 1}"] for kind in kinds)
+        return tuple(self.parameters[name] for name in self.names_of(r)[1:])
 
     @property
     def net(self) -> np.ndarray:
@@ -130,9 +134,9 @@ class ReactionNetwork:
         values = {**self.parameters, **self._of(psi)}
         x = dict(zip(self.species, amount, strict=True))
         change = dict.fromkeys(self.species, jnp.zeros_like(jnp.asarray(amount[0])))
-        for i, (r, name) in enumerate(zip(self.reactions, self.names, strict=True)):
-            constants = [values[f"{kind}{i + 1}"] for kind in _CONSTANTS[r.law]]
-            v = values[name] * _speed(r, x, *constants)
+        for i, r in enumerate(self.reactions):
+            k, *constants = (values[name] for name in self.names_of(i))
+            v = k * _speed(r, x, *constants)
             for s, n in r.net.items():
                 change[s] = change[s] + n * v
         return jnp.stack(list(change.values()))
@@ -163,12 +167,12 @@ class ReactionNetwork:
     def __str__(self) -> str:
         written = [str(r) for r in self.reactions]
         width = max(map(len, written), default=0)
-        lines = []
-        for i, text in enumerate(written):
-            own = [self.names[i], *(f"{c}{i + 1}" for c in _CONSTANTS[self.reactions[i].law])]
-            values = ", ".join(f"{name} = {_number(self.parameters[name])}" for name in own)
-            lines.append(f"{text:<{width}}  {values}")
+        lines = [f"{text:<{width}}  {self.written_rate(i)}" for i, text in enumerate(written)]
         return "\n".join(lines) or "no reactions"
+
+    def written_rate(self, r: int) -> str:
+        """Names and values of the parameters of reaction r: "k4 = 1, K4 = 2"."""
+        return ", ".join(f"{p} = {_number(self.parameters[p])}" for p in self.names_of(r))
 
     def __repr__(self) -> str:
         return f"<ReactionNetwork {'; '.join(map(str, self.reactions))}>"
