@@ -56,7 +56,7 @@ class Stepwise(_Memoryless):
         steps: most steps from each.
     """
 
-    starts: int = 3
+    starts: int = 2
     steps: int = 12
 
     def propose(self, rng: np.random.Generator, n: int, memory: Memory) -> np.ndarray:
@@ -128,7 +128,7 @@ class GeneticLocal(_Memoryless):
 
 @dataclass(frozen=True)
 class Union:
-    """Several arms in one memory, each with its share of the proposals.
+    """Several arms with one memory: all at first, then one at a time, drawn by chance.
 
     Attributes:
         arms: the arms.
@@ -137,8 +137,8 @@ class Union:
     arms: tuple[Arm, ...]
 
     def propose(self, rng: np.random.Generator, n: int, memory: Memory) -> np.ndarray:
-        share = n // len(self.arms)
-        return np.concatenate([arm.propose(rng, share, memory) for arm in self.arms])
+        chosen = self.arms if not memory.scored else [self.arms[rng.integers(len(self.arms))]]
+        return np.concatenate([arm.propose(rng, n // len(chosen), memory) for arm in chosen])
 
     def update(self, structures: np.ndarray, rewards: np.ndarray) -> None:
         for arm in self.arms:

@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from .problem import Problem
-from .simulate import Normal, Reactions, normal
+from .simulate import Normal, normal
 
 _LOWEST, _HIGHEST = np.log(1e-7), np.log(1e5)  # of a scaled rate
 _FARTHEST = 2.0  # step of a log rate
@@ -206,10 +205,10 @@ def evaluate(
     """Sums of squares [B, S], gradient [B, C, Q + O] and Hessian [B, C, Q + O, Q + O]."""
     weight = use[:, :, None] / np.sqrt(variance)[:, None, :]  # [B, C, S]
     result = normal(
-        Reactions(*map(jnp.asarray, problem.gather(rows))),
-        jnp.asarray(log_rates.T),
-        jnp.asarray(initial.transpose(2, 1, 0)),
-        jnp.asarray(weight.transpose(2, 1, 0)),
+        problem.gather(rows),
+        np.ascontiguousarray(log_rates.T),
+        np.ascontiguousarray(initial.transpose(2, 1, 0)),
+        np.ascontiguousarray(weight.transpose(2, 1, 0)),
         problem.design,
         problem.substeps,
     )

@@ -13,7 +13,6 @@ from .fit import Estimate
 from .problem import Problem
 from .reward import Weights, complexity, prediction
 from .screen import Screen, integral_screen, tangent_screen
-from .simulate import path
 from .smooth import Smooth
 
 _ELITE = 6  # structures around which there are tangent screens
@@ -41,13 +40,17 @@ class Memory:
     def __init__(self, problem: Problem, prior: np.ndarray, weights: Weights):
         self.problem, self.prior, self.weights = problem, prior, weights
         self.scored: dict[tuple[int, ...], Scored] = {}
+        self._keys: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._tangents: dict[tuple[int, ...], Screen] = {}
         self._matched: tuple[tuple[int, ...], Screen] | None = None
         self._splines = integral_screen(problem, Smooth(problem.courses))
 
     def key(self, rows: Iterable[int]) -> tuple[int, ...]:
         """The canonical structure of the same class."""
-        return canonical(self.problem.library, list(rows))
+        structure = tuple(rows)
+        if structure not in self._keys:
+            self._keys[structure] = canonical(self.problem.library, list(structure))
+        return self._keys[structure]
 
     def add(self, fits: Iterable[Estimate]) -> None:
         """Score fits and keep them."""
@@ -94,7 +97,7 @@ class Path(Smooth):
     """The trajectories of a fit in place of a smoother: what it gives obeys an ODE."""
 
     def __init__(self, problem: Problem, fit: Estimate):
-        x, slope = path(problem.reactions, fit.rows, fit.log_rates, fit.initial, problem.design, problem.substeps)
+        x, slope = problem.path(fit.rows, fit.log_rates, fit.initial)
         self.curves = {}
         for c, time in enumerate(problem.courses.time):
             t, first = np.unique(time, return_index=True)

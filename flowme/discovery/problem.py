@@ -8,7 +8,13 @@ import numpy as np
 
 from .data import TimeCourses
 from .library import Library
-from .simulate import Design, Reactions, design, library_arrays
+from .simulate import (
+    Design,
+    Reactions,
+    design,
+    library_arrays,
+    sensitivities,
+)
 
 _FLOOR = 1e-3  # of a species' standard deviation: noise below is not resolved by fixed steps
 
@@ -31,19 +37,23 @@ class Problem:
         slots: most reactions of a structure, R.
         batch: structures that are simulated together, B.
         substeps: steps of the solver between two records.
+        reactions: the library as arrays; see `library_arrays`.
+        design: the data as arrays.
     """
 
     courses: TimeCourses
     library: Library
-    slots: int = 8
-    batch: int = 16
-    substeps: int = 2
-    reactions: Reactions = field(init=False, repr=False)
-    design: Design = field(init=False, repr=False)
+    slots: int
+    batch: int
+    substeps: int
+    reactions: Reactions = field(repr=False)
+    design: Design = field(repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "reactions", library_arrays(self.library, self.courses))
-        object.__setattr__(self, "design", design(self.courses))
+    @classmethod
+    def of(cls, courses: TimeCourses, library: Library, slots: int = 8, batch: int = 16) -> Problem:
+        """The problem, with the arrays of its kernels."""
+        arrays = library_arrays(library, courses), design(courses)
+        return cls(courses, library, slots, batch, 2, *arrays)
 
     @property
     def floor(self) -> np.ndarray:
@@ -77,3 +87,29 @@ class Problem:
         """Structures of at most R reactions as rows [B, R], the empty slots L."""
         empty = len(self.library)
         return np.array([[*s, *[empty] * (self.slots - len(s))] for s in structures], int)
+
+    def along_library(
+        self, rows: tuple[int, ...], log_rates: np.ndarray, initial: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """x [T, S, C] of one structure and its derivatives by all κ and the estimated initial
+        states [T, S, L + O, C]; log rates [R], initial states [C, S]."""
+        library = Reactions(*(a[:, :-1, None] for a in self.reactions))
+        found = sensitivities(*self._one(rows, log_rates, initial), library)
+        x, slopes = (np.asarray(a, float) for a in found)
+        return x, slopes
+
+    def path(
+        self, rows: tuple[int, ...], log_rates: np.ndarray, initial: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """x and dx/dτ of one structure at the records, [C, T, S] each."""
+        x = self.along_library(rows, log_rates, initial)[0].transpose(2, 0, 1)
+        with_one = np.concatenate([np.ones((*x.shape[:2], 1)), x], -1)
+        first, second, net = (a[:, list(rows)] for a in self.reactions)
+        return x, (with_one @ first) * (with_one @ second) * np.exp(log_rates) @ net.T
+
+    def _one(self, rows: tuple[int, ...], log_rates: np.ndarray, initial: np.ndarray) -> tuple:
+        """The arguments of a kernel for one structure."""
+        padded = np.zeros((self.slots, 1))
+        padded[: len(rows), 0] = log_rates
+        one = self.gather(self.rows([rows]))
+        return one, padded, initial.T[..., None].copy(), self.design, self.substeps

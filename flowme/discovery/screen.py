@@ -17,16 +17,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from .fit import Estimate
 from .problem import Problem
-from .simulate import Normal, Reactions, normal
 from .smooth import Smooth
 
 _RIDGE = 1e-9
-_LEAST = 1e-6  # χ²/n below which a screen cannot tell structures apart
 
 
 class Screen(NamedTuple):
@@ -36,13 +33,15 @@ class Screen(NamedTuple):
         gram: [L, L].
         cross: [L].
         total: χ² without any reaction.
-        count: number of measurements.
+        count: number of measurements, n.
+        least: χ²/n where all residuals are at the problem's floor: below, structures are equal.
     """
 
     gram: np.ndarray
     cross: np.ndarray
     total: float
     count: int
+    least: float
 
     def __call__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Deviance n log(χ²/n) [n] and rates [n, R] of structures, rows [n, R] padded by L."""
@@ -52,7 +51,7 @@ class Screen(NamedTuple):
         rates = np.where(rows < L, non_negative(gram, cross), 0.0)
         chi2 = self.total - 2 * np.einsum("nr,nr->n", cross, rates)
         chi2 = chi2 + np.einsum("nr,nrq,nq->n", rates, gram, rates)
-        return self.count * np.log(np.maximum(chi2 / self.count, _LEAST)), rates
+        return self.count * np.log(np.maximum(chi2 / self.count, self.least)), rates
 
 
 def non_negative(gram: np.ndarray, cross: np.ndarray) -> np.ndarray:
@@ -114,7 +113,7 @@ def integral_screen(problem: Problem, smooth: Smooth) -> Screen:
             gram += np.outer(n, n) * (columns.T @ columns)[source][:, source]
             cross += n * (columns.T @ y)[source] / np.sqrt(variance[s])
             total += y @ y / variance[s]
-    return Screen(gram, cross, total, int(courses.count.sum()))
+    return Screen(gram, cross, total, *_extent(problem, variance))
 
 
 def _integrals(
@@ -133,37 +132,34 @@ def _integrals(
 
 def tangent_screen(problem: Problem, fitted: Estimate) -> Screen:
     """The quadratic form of χ² around an ODE fit, by the rates of the whole library."""
-    rows = problem.rows([fitted.rows])
-    log_rates = np.zeros(problem.slots)
-    log_rates[: len(fitted.rows)] = fitted.log_rates
-    variance = problem.variance(fitted.squares)
-    along = Reactions(*(jnp.asarray(a[..., :-1, None]) for a in problem.reactions))
-    C = len(problem.courses.conditions)
-    result = normal(
-        Reactions(*map(jnp.asarray, problem.gather(rows))),
-        jnp.asarray(log_rates[:, None]),
-        jnp.asarray(fitted.initial.T[..., None]),
-        jnp.broadcast_to(1 / jnp.sqrt(variance)[:, None, None], (variance.size, C, 1)),
-        problem.design,
-        problem.substeps,
-        along,
-    )
-    squares, gradient, hessian = Normal(*(np.asarray(a[..., 0], float) for a in result))
+    x, slopes = problem.along_library(fitted.rows, fitted.log_rates, fitted.initial)
+    weight = problem.design.observed / np.sqrt(problem.variance(fitted.squares))[:, None]
+    residual = (problem.design.values - x) * weight  # [T, S, C]
+    columns = slopes * weight[:, :, None]  # [T, S, L + O, C]
     L = len(problem.library)
-    gram, slope = _project(gradient, hessian, L)
+    gram, slope = np.zeros((L, L)), np.zeros(L)
+    for c in range(x.shape[-1]):
+        by_rates = _explained(columns[..., c].reshape(-1, columns.shape[2]), L)
+        gram += by_rates.T @ by_rates
+        slope += by_rates.T @ residual[..., c].reshape(-1)
     rates = np.zeros(L)
     rates[list(fitted.rows)] = np.exp(fitted.log_rates)
-    chi2 = float((squares.sum(1) / variance).sum())
-    total = chi2 + 2 * rates @ slope + rates @ gram @ rates
-    return Screen(gram, slope + gram @ rates, total, int(problem.courses.count.sum()))
+    total = (residual**2).sum() + 2 * rates @ slope + rates @ gram @ rates
+    extent = _extent(problem, problem.variance(fitted.squares))
+    return Screen(gram, slope + gram @ rates, float(total), *extent)
 
 
-def _project(gradient: np.ndarray, hessian: np.ndarray, L: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gram [L, L] and slope [L] with every condition's initial state at its best."""
-    gram, slope = hessian[:L, :L].sum(-1), gradient[:L].sum(-1)
-    for c in range(gradient.shape[-1] if gradient.shape[0] > L else 0):
-        own = hessian[L:, L:, c]
-        back = np.linalg.pinv(own, hermitian=True) @ hessian[L:, :L, c]
-        gram = gram - hessian[:L, L:, c] @ back
-        slope = slope - gradient[L:, c] @ back
-    return gram, slope
+def _extent(problem: Problem, variance: np.ndarray) -> tuple[int, float]:
+    """Number of measurements, and χ²/n at the floor where χ² has these variances."""
+    count = problem.courses.count
+    return int(count.sum()), float((count * problem.floor**2 / variance).sum() / count.sum())
+
+
+def _explained(columns: np.ndarray, L: int) -> np.ndarray:
+    """The columns by rates with those by the initial state projected out."""
+    by_rates, own = columns[:, :L], columns[:, L:]
+    if not own.any():
+        return by_rates
+    basis, singular, _ = np.linalg.svd(own, full_matrices=False)
+    basis = basis[:, singular > 1e-9 * singular[0]]
+    return by_rates - basis @ (basis.T @ by_rates)

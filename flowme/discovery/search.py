@@ -10,6 +10,7 @@ from .arms import Arm, as_rows, mask
 from .memory import Memory
 from .problem import Problem
 
+_DEPTH = 4  # times the number to be chosen: how far down a ranking new structures are looked for
 _MODEST = 1e-2  # scaled rate at which a reaction starts that the screen gave none
 
 
@@ -54,34 +55,35 @@ def promising(
     if tangents:
         L = len(memory.problem.library)
         elite = np.array([mask(L, structure) for structure, _ in tangents])
-        members = np.array([mask(L + 1, tuple(r))[:L] for r in rows])
-        apart = (members[:, None] ^ elite).sum(-1) if len(rows) * elite.size < 1e7 else (
-            members.sum(1)[:, None] + elite.sum(1) - 2 * members.astype(int) @ elite.T.astype(int)
-        )
-        rankings.append(judged(memory, rows, [t for _, t in tangents], apart.argmin(1)))
+        near = nearest(rows, elite)
+        rankings.append(judged(memory, rows, [screen for _, screen in tangents], near))
     chosen: dict[tuple[int, ...], np.ndarray] = {}
-    queues = [iter(np.argsort(score, kind="stable")) for score, _, _ in rankings]
-    looked = 0
-    while len(chosen) < n and looked < 20 * n:
-        for (_, used, rates), queue in zip(rankings, queues, strict=True):
-            looked += 1
-            i = next(queue, None)
-            if i is not None and len(chosen) < n:
-                _consider(memory, used[i], rates[i], chosen)
+    for rank in range(_DEPTH * n):
+        for order, used, rates in rankings:
+            if rank < len(order) and len(chosen) < n:
+                _consider(memory, used[order[rank]], rates[order[rank]], chosen)
     return list(chosen), list(chosen.values())
+
+
+def nearest(rows: np.ndarray, elite: np.ndarray) -> np.ndarray:
+    """Which elite [E, L] differs from each structure [n, R] in the fewest reactions, [n]."""
+    members = np.pad(elite, ((0, 0), (0, 1)))[:, rows].sum(-1)  # [E, n] reactions in common
+    return (elite.sum(1)[:, None] - 2 * members).argmin(0)
 
 
 def judged(
     memory: Memory, rows: np.ndarray, screens: list, which: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predicted deviance and penalty [n], reactions with a rate [n, R], and their rates [n, R]."""
+    """Structures in the order of what the screens predict [n], those of their reactions that have
+    a rate [n, R], and the rates [n, R]. `which` of the screens judges each; the first if None."""
     which = np.zeros(len(rows), int) if which is None else which
     deviance, rates = np.zeros(len(rows)), np.zeros(rows.shape)
     for i, screen in enumerate(screens):
         if (which == i).any():
             deviance[which == i], rates[which == i] = screen(rows[which == i])
     used = np.where(rates > 0, rows, len(memory.problem.library))
-    return deviance + memory.penalty(used), used, rates
+    order = np.argsort(deviance + memory.penalty(used), kind="stable")
+    return order, used, rates
 
 
 def _consider(memory: Memory, rows: np.ndarray, rates: np.ndarray, chosen: dict) -> None:

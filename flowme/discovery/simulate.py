@@ -137,21 +137,31 @@ def _runge_kutta(field: Any, state: Any, h: Array) -> Any:
     )
 
 
-@jax.jit
-def trajectories(
-    reactions: Reactions, log_rates: Array, initial: Array, design: Design, substeps: int
-) -> Array:
-    """x at the records, [T, S, C, B]; rates [R, B], initial states [S, C, B]."""
-    ode = _polynomial(reactions, jnp.exp(log_rates))
+def _augmented(ode: Any, forced: Reactions, change: Array, own: int) -> Any:
+    """The field of (x [S, C, B], S [S, Q + O, C, B]): Ṡ = J S + change x^y of `forced`."""
 
-    def interval(x: Array, step: Array) -> tuple[Array, Array]:
-        h = (step / substeps)[:, None]
-        x = jax.lax.fori_loop(
-            0, substeps, lambda _, x: _runge_kutta(lambda y: _field(ode, y)[0], x, h), x
-        )
-        return x, x
+    def field(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, s = state
+        flow, jacobian = _field(ode, x)
+        forcing = change * _speed(forced, x)
+        if own:
+            none = jnp.zeros((x.shape[0], own, *s.shape[2:]), x.dtype)
+            forcing = jnp.concatenate([jnp.broadcast_to(forcing, s[:, own:].shape), none], 1)
+        return flow, forcing + sum(jacobian[:, None, i] * s[i] for i in range(x.shape[0]))
 
-    return jax.lax.scan(interval, initial, design.step)[1]
+    return field
+
+
+def _start(initial: Array, Q: int, own: Array) -> tuple[Array, Array]:
+    """(x, S) at the first record."""
+    S, C, B = initial.shape
+    own = jnp.broadcast_to(own[..., None], (*own.shape, B)).astype(initial.dtype)
+    return initial, jnp.concatenate([jnp.zeros((S, Q, C, B), initial.dtype), own], 1)
+
+
+def _advance(field: Any, state: Any, step: Array, substeps: int) -> Any:
+    h = (step / substeps)[:, None]
+    return jax.lax.fori_loop(0, substeps, lambda _, y: _runge_kutta(field, y, h), state)
 
 
 @jax.jit
@@ -162,40 +172,26 @@ def normal(
     weight: Array,
     design: Design,
     substeps: int,
-    along: Reactions | None = None,
 ) -> Normal:
     """Residuals and Gauss-Newton's normal equations of every structure of a batch.
 
     Args:
         reactions: the structures, [.., R, B].
-        log_rates: [R, B].
+        log_rates: [R, B]; to them are the sensitivities, Q = R.
         initial: [S, C, B].
         weight: 1 / σ of each species in each condition, [S, C, B]; 0 leaves a condition out.
         design: what was measured.
         substeps: steps between two records.
-        along: reactions [.., Q, 1] to whose rates the sensitivities are; None: to the logarithms
-            of the structures' own, Q = R.
     """
     rates = jnp.exp(log_rates)
-    ode = _polynomial(reactions, rates)
-    change = along.net[:, :, None] if along else (reactions.net * rates)[:, :, None]
-    forced = along or reactions
-    (S, C, B), O = initial.shape, design.own.shape[1]
-
-    def field(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        x, s = state
-        flow, jacobian = _field(ode, x)
-        forcing = change * _speed(forced, x)
-        if O:
-            forcing = jnp.concatenate([forcing, jnp.zeros((S, O, C, B), x.dtype)], 1)
-        return flow, forcing + sum(jacobian[:, None, i] * s[i] for i in range(S))
+    (S, C, B), own = initial.shape, design.own.shape[1]
+    change = (reactions.net * rates)[:, :, None]
+    field = _augmented(_polynomial(reactions, rates), reactions, change, own)
 
     def interval(carry: Any, record: Any) -> tuple[Any, None]:
         state, total = carry
         step, values, observed = record
-        h = (step / substeps)[:, None]
-        state = jax.lax.fori_loop(0, substeps, lambda _, y: _runge_kutta(field, y, h), state)
-        x, s = state
+        x, s = state = _advance(field, state, step, substeps)
         residual = (values[..., None] - x) * observed[..., None]
         scaled = s * (weight * observed[..., None])[:, None]
         more = Normal(
@@ -205,37 +201,43 @@ def normal(
         )
         return (state, jax.tree.map(jnp.add, total, more)), None
 
-    Q = change.shape[1] + O
-    own = jnp.broadcast_to(design.own[..., None], (S, O, C, B))
-    start = jnp.concatenate([jnp.zeros((S, Q - O, C, B), initial.dtype), own], 1)
+    Q = log_rates.shape[0] + own
     zero = Normal(*(jnp.zeros((*n, C, B), initial.dtype) for n in ((S,), (Q,), (Q, Q))))
+    begin = _start(initial, Q - own, design.own), zero
     records = (design.step, design.values, design.observed)
-    return jax.lax.scan(interval, ((initial, start), zero), records)[0][1]
+    return jax.lax.scan(interval, begin, records)[0][1]
 
 
-def path(
+@jax.jit
+def sensitivities(
     reactions: Reactions,
-    rows: tuple[int, ...],
-    log_rates: np.ndarray,
-    initial: np.ndarray,
+    log_rates: Array,
+    initial: Array,
     design: Design,
     substeps: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """x and dx/dt of one structure at the records, [C, T, S] each.
+    along: Reactions,
+) -> tuple[Array, Array]:
+    """Trajectories of one structure and their derivatives by the rates κ of a whole library.
 
     Args:
-        reactions: of the library, [.., L + 1].
-        rows: the structure.
-        log_rates: [R].
-        initial: [C, S].
+        reactions: the structure, [.., R, 1].
+        log_rates: [R, 1].
+        initial: [S, C, 1].
         design: the records.
         substeps: steps between two records.
+        along: the library, [.., L, 1].
+
+    Returns:
+        x at the records, [T, S, C], and its derivatives by κ and by the estimated initial
+        states, [T, S, L + O, C].
     """
-    chosen = Reactions(*(a[:, list(rows)] for a in reactions))
-    batch = Reactions(*(jnp.asarray(a[..., None]) for a in chosen))
-    rates = jnp.asarray(log_rates[:, None])
-    x = trajectories(batch, rates, jnp.asarray(initial.T[..., None]), design, substeps)
-    x = np.asarray(x[..., 0], float).transpose(2, 0, 1)  # [C, T, S]
-    with_one = np.concatenate([np.ones((*x.shape[:2], 1)), x], -1)
-    speed = (with_one @ chosen.first) * (with_one @ chosen.second) * np.exp(log_rates)
-    return x, speed @ chosen.net.T
+    ode = _polynomial(reactions, jnp.exp(log_rates))
+    field = _augmented(ode, along, along.net[:, :, None], design.own.shape[1])
+
+    def interval(state: Any, step: Array) -> tuple[Any, Any]:
+        state = _advance(field, state, step, substeps)
+        return state, state
+
+    begin = _start(initial, along.net.shape[1], design.own)
+    x, s = jax.lax.scan(interval, begin, design.step)[1]
+    return x[..., 0], s[..., 0]
