@@ -60,8 +60,8 @@ class LevenbergMarquardt:
     """
 
     iterations: int = 40
-    tolerance: float = 0.02
-    patience: int = 60
+    tolerance: float = 0.05
+    patience: int = 20
 
     def __call__(
         self,

@@ -43,7 +43,8 @@ class Memory:
         self._keys: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._tangents: dict[tuple[int, ...], Screen] = {}
         self._matched: tuple[tuple[int, ...], Screen] | None = None
-        self._splines = integral_screen(problem, Smooth(problem.courses))
+        self._smooth = Smooth(problem.courses)
+        self._splines = integral_screen(problem, self._smooth)
 
     def key(self, rows: Iterable[int]) -> tuple[int, ...]:
         """The canonical structure of the same class."""
@@ -80,7 +81,8 @@ class Memory:
             return self._splines
         best = self.best()[0].fit
         if self._matched is None or self._matched[0] != best.rows:
-            self._matched = best.rows, integral_screen(self.problem, Path(self.problem, best))
+            along = Path(self.problem, best, self._smooth.variance)
+            self._matched = best.rows, integral_screen(self.problem, along)
         return self._matched[1]
 
     def tangents(self) -> list[tuple[tuple[int, ...], Screen]]:
@@ -96,11 +98,11 @@ class Memory:
 class Path(Smooth):
     """The trajectories of a fit in place of a smoother: what it gives obeys an ODE."""
 
-    def __init__(self, problem: Problem, fit: Estimate):
+    def __init__(self, problem: Problem, fit: Estimate, variance: np.ndarray):
         x, slope = problem.path(fit.rows, fit.log_rates, fit.initial)
         self.curves = {}
         for c, time in enumerate(problem.courses.time):
             t, first = np.unique(time, return_index=True)
             for s in range(x.shape[-1]):
                 self.curves[c, s] = CubicHermiteSpline(t, x[c, first, s], slope[c, first, s])
-        self.variance = problem.variance(fit.squares)
+        self.variance = variance

@@ -1,6 +1,6 @@
 r"""Screens: what a structure would explain, from one quadratic form for all of them.
 
-Where the data are nearly linear in the rates, χ²(κ) = χ₀² - 2 cᵀκ + κᵀGκ, and the best rates of a
+Where the data are nearly linear in the rates, SSE(κ) = SSE₀ - 2 cᵀκ + κᵀGκ, and the best rates of a
 structure are a non-negative least squares problem on a small part of G. Two such forms:
 
 `integral_screen`: integral matching. x_s(t) - x_s(0) = Σ_r κ_r N_sr ∫₀ᵗ x̂^(y_r), x̂ a smoother. It
@@ -27,31 +27,42 @@ _RIDGE = 1e-9
 
 
 class Screen(NamedTuple):
-    """χ²(κ) = total - 2 crossᵀκ + κᵀ gram κ, in float64 whatever JAX uses.
+    """SSE_s(κ) = total_s - 2 cross_sᵀκ + κᵀ gram_s κ of each species s, in float64 whatever JAX
+    uses.
 
     Attributes:
-        gram: [L, L].
-        cross: [L].
-        total: χ² without any reaction.
-        count: number of measurements, n.
-        least: χ²/n where all residuals are at the problem's floor: below, structures are equal.
+        gram: [S, L, L].
+        cross: [S, L].
+        total: SSE without any reaction, [S].
+        variance: σ² of each species by which the rates are chosen, [S].
+        pooled: whether χ² = Σ_s SSE_s / σ_s² counts as a whole, n log(χ² / n), as it must where
+            the SSE are of integrals; else by species, as in `Problem.deviance`.
+        problem: how SSE become a deviance.
     """
 
     gram: np.ndarray
     cross: np.ndarray
-    total: float
-    count: int
-    least: float
+    total: np.ndarray
+    variance: np.ndarray
+    pooled: bool
+    problem: Problem
 
     def __call__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Deviance n log(χ²/n) [n] and rates [n, R] of structures, rows [n, R] padded by L."""
-        L = self.cross.size
-        gram = np.pad(self.gram, (0, 1))[rows[:, :, None], rows[:, None, :]]
-        cross = np.append(self.cross, 0.0)[rows]
-        rates = np.where(rows < L, non_negative(gram, cross), 0.0)
-        chi2 = self.total - 2 * np.einsum("nr,nr->n", cross, rates)
-        chi2 = chi2 + np.einsum("nr,nrq,nq->n", rates, gram, rates)
-        return self.count * np.log(np.maximum(chi2 / self.count, self.least)), rates
+        """Deviance [n] and rates [n, R] of structures, rows [n, R] padded by L."""
+        L = self.cross.shape[1]
+        gram = np.pad(self.gram, ((0, 0), (0, 1), (0, 1)))[:, rows[:, :, None], rows[:, None, :]]
+        cross = np.pad(self.cross, ((0, 0), (0, 1)))[:, rows]
+        weighted = (np.tensordot(1 / self.variance, a, 1) for a in (gram, cross))
+        rates = np.where(rows < L, non_negative(*weighted), 0.0)
+        squares = self.total[:, None] - 2 * np.einsum("snr,nr->sn", cross, rates)
+        squares = squares + np.einsum("nr,snrq,nq->sn", rates, gram, rates, optimize=True)
+        squares = np.maximum(squares.T, 0.0)
+        if not self.pooled:
+            return self.problem.deviance(squares), rates
+        count = self.problem.courses.count
+        least = (count * self.problem.floor**2 / self.variance).sum()
+        chi2 = np.maximum((squares / self.variance).sum(1), least)
+        return count.sum() * np.log(chi2 / count.sum()), rates
 
 
 def non_negative(gram: np.ndarray, cross: np.ndarray) -> np.ndarray:
@@ -97,23 +108,26 @@ def integral_screen(problem: Problem, smooth: Smooth) -> Screen:
     """Integral matching with the smoothed trajectories; initial states unless known are free."""
     courses, net = problem.courses, problem.courses.net(problem.library)
     monomials, source = np.unique(problem.library.consumed, axis=0, return_inverse=True)
-    variance = np.maximum(smooth.variance, problem.floor**2)
-    L = len(problem.library)
-    gram, cross, total = np.zeros((L, L)), np.zeros(L), 0.0
+    (L, S), M = net.shape, len(monomials)
+    gram, cross, total = np.zeros((S, M, M)), np.zeros((S, M)), np.zeros(S)
     for c in range(len(courses.conditions)):
         integral = _integrals(courses.time[c], smooth, c, courses.initial[c], monomials)
-        for s in range(len(courses.species)):
+        for s in range(S):
             seen = courses.observed[c, :, s]
-            if not seen.any():
-                continue
             columns, y = integral[seen], courses.values[c, seen, s] - courses.initial[c, s]
-            if not courses.known[c, s]:
+            if seen.any() and not courses.known[c, s]:
                 columns, y = columns - columns.mean(0), y - y.mean()
-            n = net[:, s] / np.sqrt(variance[s])
-            gram += np.outer(n, n) * (columns.T @ columns)[source][:, source]
-            cross += n * (columns.T @ y)[source] / np.sqrt(variance[s])
-            total += y @ y / variance[s]
-    return Screen(gram, cross, total, *_extent(problem, variance))
+            gram[s] += columns.T @ columns
+            cross[s] += columns.T @ y
+            total[s] += y @ y
+    return Screen(
+        net.T[:, :, None] * net.T[:, None, :] * gram[:, source[:, None], source[None, :]],
+        net.T * cross[:, source],
+        total,
+        np.maximum(smooth.variance, problem.floor**2),
+        True,
+        problem,
+    )
 
 
 def _integrals(
@@ -131,35 +145,36 @@ def _integrals(
 
 
 def tangent_screen(problem: Problem, fitted: Estimate) -> Screen:
-    """The quadratic form of χ² around an ODE fit, by the rates of the whole library."""
+    """The quadratic form of the SSE around an ODE fit, by the rates of the whole library."""
     x, slopes = problem.along_library(fitted.rows, fitted.log_rates, fitted.initial)
-    weight = problem.design.observed / np.sqrt(problem.variance(fitted.squares))[:, None]
-    residual = (problem.design.values - x) * weight  # [T, S, C]
-    columns = slopes * weight[:, :, None]  # [T, S, L + O, C]
-    L = len(problem.library)
-    gram, slope = np.zeros((L, L)), np.zeros(L)
+    variance = problem.variance(fitted.squares)
+    sd = np.sqrt(variance)[:, None]
+    off = (problem.design.values - x) / sd * problem.design.observed  # [T, S, C]
+    by = slopes * (problem.design.observed / sd)[:, :, None]  # [T, S, L + O, C]
+    L, S = len(problem.library), len(variance)
+    gram, slope, chi2 = np.zeros((S, L, L)), np.zeros((S, L)), np.zeros(S)
     for c in range(x.shape[-1]):
-        by_rates = _explained(columns[..., c].reshape(-1, columns.shape[2]), L)
-        gram += by_rates.T @ by_rates
-        slope += by_rates.T @ residual[..., c].reshape(-1)
+        explained = _without_own(np.concatenate([by[..., c], off[:, :, None, c]], 2), L)
+        for s in range(S):
+            columns, residual = explained[:, s, :L], explained[:, s, L]
+            gram[s] += columns.T @ columns
+            slope[s] += columns.T @ residual
+            chi2[s] += residual @ residual
     rates = np.zeros(L)
     rates[list(fitted.rows)] = np.exp(fitted.log_rates)
-    total = (residual**2).sum() + 2 * rates @ slope + rates @ gram @ rates
-    extent = _extent(problem, problem.variance(fitted.squares))
-    return Screen(gram, slope + gram @ rates, float(total), *extent)
+    total = chi2 + 2 * slope @ rates + gram @ rates @ rates
+    scaled = (a * variance.reshape(-1, *[1] * (a.ndim - 1)) for a in (gram, slope + gram @ rates))
+    return Screen(*scaled, total * variance, variance, False, problem)
 
 
-def _extent(problem: Problem, variance: np.ndarray) -> tuple[int, float]:
-    """Number of measurements, and χ²/n at the floor where χ² has these variances."""
-    count = problem.courses.count
-    return int(count.sum()), float((count * problem.floor**2 / variance).sum() / count.sum())
-
-
-def _explained(columns: np.ndarray, L: int) -> np.ndarray:
-    """The columns by rates with those by the initial state projected out."""
-    by_rates, own = columns[:, :L], columns[:, L:]
-    if not own.any():
-        return by_rates
-    basis, singular, _ = np.linalg.svd(own, full_matrices=False)
-    basis = basis[:, singular > 1e-9 * singular[0]]
-    return by_rates - basis @ (basis.T @ by_rates)
+def _without_own(columns: np.ndarray, L: int) -> np.ndarray:
+    """What the initial state of the condition cannot explain: from [T, S, L + O + 1], where the
+    last is the residual, to [T, S, L + 1]."""
+    T, S, _ = columns.shape
+    flat = columns.reshape(T * S, -1)
+    kept, own = np.delete(flat, np.s_[L:-1], axis=1), flat[:, L:-1]
+    if own.any():
+        basis, singular, _ = np.linalg.svd(own, full_matrices=False)
+        basis = basis[:, singular > 1e-9 * singular[0]]
+        kept = kept - basis @ (basis.T @ kept)
+    return kept.reshape(T, S, -1)

@@ -82,7 +82,9 @@ def judged(
         if (which == i).any():
             deviance[which == i], rates[which == i] = screen(rows[which == i])
     used = np.where(rates > 0, rows, len(memory.problem.library))
-    order = np.argsort(deviance + memory.penalty(used), kind="stable")
+    value = deviance + memory.penalty(used)
+    first = np.unique(np.sort(used, axis=1), axis=0, return_index=True)[1]  # supports, once each
+    order = first[np.argsort(value[first], kind="stable")]
     return order, used, rates
 
 
