@@ -52,8 +52,7 @@ class TimeCourses:
     @property
     def hidden(self) -> tuple[str, ...]:
         """Species that no outcome measures."""
-        seen = self.observed.any((0, 1))
-        return tuple(s for s, is_seen in zip(self.species, seen, strict=True) if not is_seen)
+        return tuple(s for s, n in zip(self.species, self.count, strict=True) if n == 0)
 
     @property
     def count(self) -> np.ndarray:

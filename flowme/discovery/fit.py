@@ -25,6 +25,7 @@ from .simulate import Normal, normal
 
 _LOWEST, _HIGHEST = np.log(1e-7), np.log(1e5)  # of a scaled rate
 _FARTHEST = 2.0  # step of a log rate
+_TRIALS = 4  # slower and slower starts of a structure whose trajectories are not finite
 
 
 class Estimate(NamedTuple):
@@ -90,7 +91,7 @@ class LevenbergMarquardt:
         while waiting or slots.busy.any():
             for b in np.flatnonzero(~slots.busy):
                 if waiting:
-                    slots.take(b, *waiting.pop(0))
+                    slots.take(int(b), *waiting.pop(0))
             slots.step()
             for b in slots.finished():
                 done[int(slots.name[b])] = slots.release(b)
@@ -103,21 +104,17 @@ class _Slots:
     def __init__(self, problem: Problem, method: LevenbergMarquardt, best: float):
         B, R = problem.batch, problem.slots
         C, S = problem.courses.initial.shape
+        Q = R + problem.design.own.shape[1]
         self.problem, self.method, self.best = problem, method, best
-        self.busy = np.zeros(B, bool)
-        self.name = np.full(B, -1)
+        self.busy, self.name, self.size = np.zeros(B, bool), np.full(B, -1), np.zeros(B, int)
         self.rows = np.full((B, R), len(problem.library))
-        self.size = np.zeros(B, int)
-        self.trial = np.zeros((B, R)), np.tile(problem.courses.initial, (B, 1, 1))
-        self.point = self.trial
-        self.variance = np.ones((B, S))
         self.use = np.ones((B, C))
-        self.damping = np.full(B, 1e-2)
-        self.deviance = np.full(B, np.inf)
-        self.fall = np.full(B, np.inf)
-        self.count = np.zeros(B, int)
-        self.squares = np.full((B, S), np.inf)
-        self.equations: Any = None
+        self.damping, self.fall, self.count = np.full(B, 1e-2), np.zeros(B), np.zeros(B, int)
+        self.trial = np.zeros((B, R)), np.tile(problem.courses.initial, (B, 1, 1))
+        self.point = tuple(x.copy() for x in self.trial)
+        self.deviance, self.squares = np.full(B, np.inf), np.full((B, S), np.inf)
+        self.variance = np.ones((B, S))
+        self.equations = np.zeros((B, C, Q)), np.zeros((B, C, Q, Q))
 
     def take(
         self, b: int, name: int, rows: tuple[int, ...], start: Any, initial: Any, use: Any
@@ -125,65 +122,59 @@ class _Slots:
         """Begin the fit of a structure in slot b."""
         n = len(rows)
         self.busy[b], self.name[b], self.size[b] = True, name, n
-        self.rows[b] = self.problem.rows([rows])[0]
+        self.rows[b], self.use[b] = self.problem.rows([rows])[0], use
         log_rates, states = self.trial
         log_rates[b] = 0.0
         log_rates[b, :n] = np.clip(np.log(np.maximum(start, 1e-300)), _LOWEST, _HIGHEST)
         states[b] = initial
-        self.use[b] = use
-        self.damping[b], self.deviance[b], self.fall[b], self.count[b] = 1e-2, np.inf, np.inf, 0
+        self.damping[b], self.fall[b], self.count[b] = 1e-2, 0.0, 0
+        self.deviance[b], self.squares[b] = np.inf, np.inf
         self.variance[b] = np.maximum(self.problem.floor**2, 1e-2)
 
     def step(self) -> None:
         """Evaluate the trials, keep those that are better, and make the next."""
-        squares, equations = evaluate(
-            self.problem, self.rows, *self.trial, self.variance, self.use
-        )
+        squares, equations = evaluate(self.problem, self.rows, *self.trial, self.variance, self.use)
         deviance = self.problem.deviance(squares)
         better = deviance < self.deviance
-        with np.errstate(invalid="ignore"):
-            fall = np.where(np.isfinite(self.deviance), self.deviance - deviance, np.inf)
-        self.fall = np.where(better, fall, np.where(np.isfinite(self.deviance), self.fall, 0.0))
+        begun = np.isfinite(self.deviance)
+        fall = np.where(begun, self.deviance, np.inf) - np.where(better, deviance, 0.0)
+        self.fall = np.where(better, fall, self.fall)
         self.deviance = np.where(better, deviance, self.deviance)
-        self.squares = np.where(better[:, None], squares, self.squares)
-        self.damping = np.where(better, self.damping / 5, self.damping * 6)
-        self.point = tuple(
-            np.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-            for new, old in zip(self.trial, self.point, strict=True)
-        )
-        old = self.equations or equations
-        self.equations = tuple(
-            np.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, was)
-            for new, was in zip(equations, old, strict=True)
-        )
-        self.variance = np.where(
-            better[:, None], self.problem.variance(self.squares), self.variance
-        )
+        self.squares = _where(better, squares, self.squares)
+        self.point = _where(better, self.trial, self.point)
+        self.equations = _where(better, equations, self.equations)
+        self.variance = _where(better, self.problem.variance(self.squares), self.variance)
+        self.damping = np.where(better, self.damping / 5, self.damping * np.where(begun, 6, 1))
         self.count += 1
         self._propose()
 
     def _propose(self) -> None:
-        gradient, hessian = (np.nan_to_num(a, posinf=0.0, neginf=0.0) for a in self.equations)
-        by_rates, by_states = solve(gradient, hessian, self.damping, self.problem.slots)
+        """A step from every point; all rates lower where there is none from which x is finite."""
+        by_rates, by_states = solve(*self.equations, self.damping, self.problem.slots)
         log_rates, states = self.point
         log_rates = log_rates + np.clip(by_rates, -_FARTHEST, _FARTHEST)
         if by_states.size:
             states = np.clip(states + by_states, 0.0, 10.0)
-        self.trial = np.clip(log_rates, _LOWEST, _HIGHEST), states.copy()
+        slower = self.trial[0] - 1.0, self.trial[1]
+        begun = np.isfinite(self.deviance)
+        log_rates, states = _where(begun, (log_rates, states), slower)
+        self.trial = np.clip(log_rates, _LOWEST, _HIGHEST), states
 
     def finished(self) -> np.ndarray:
         """Slots whose structure has converged, failed, or will not come near the best."""
         m = self.method
+        begun = np.isfinite(self.deviance)
         settled = (self.fall < m.tolerance) | (self.damping > 1e4) | (self.count >= m.iterations)
-        behind = self.deviance - self.best
+        behind = np.where(begun, self.deviance, 0.0) - self.best
         hopeless = (self.count > 5) & (self.fall * m.patience < behind)
-        return np.flatnonzero(self.busy & ((self.count > 1) & settled | hopeless))
+        ended = np.where(begun, (self.count > 1) & settled | hopeless, self.count >= _TRIALS)
+        return np.flatnonzero(self.busy & ended)
 
     def release(self, b: int) -> Estimate:
         self.busy[b] = False
         n = self.size[b]
         rows = tuple(int(r) for r in self.rows[b, :n])
-        information = eliminated(*(a[b : b + 1] for a in self.equations), self.problem.slots)[0]
+        information = eliminated(self.equations[1][b : b + 1], self.problem.slots)[0]
         return Estimate(
             rows,
             self.point[0][b, :n].copy(),
@@ -214,7 +205,16 @@ def evaluate(
     )
     squares, gradient, hessian = Normal(*(np.asarray(a, float) for a in result))
     squares = np.einsum("scb,bc->bs", squares, use)
-    return squares, (gradient.transpose(2, 1, 0), hessian.transpose(3, 2, 0, 1))
+    finite = np.isfinite(squares).all(1)
+    gradient, hessian = gradient.transpose(2, 1, 0), hessian.transpose(3, 2, 0, 1)
+    return squares, _where(finite, (gradient, hessian), (0.0, 0.0))
+
+
+def _where(condition: np.ndarray, new: Any, old: Any) -> Any:
+    """np.where over the first axis of an array, or of each array of a tuple."""
+    if isinstance(new, tuple):
+        return tuple(_where(condition, n, o) for n, o in zip(new, old, strict=True))
+    return np.where(condition.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
 
 def solve(
@@ -232,12 +232,13 @@ def solve(
     return rates[..., 0], states[..., 0]
 
 
-def eliminated(gradient: np.ndarray, hessian: np.ndarray, R: int) -> np.ndarray:
+def eliminated(hessian: np.ndarray, R: int) -> np.ndarray:
     """The Hessian by the log rates alone, initial states eliminated, [B, R, R]."""
-    del gradient
-    H = _damped(np.nan_to_num(hessian, posinf=0.0, neginf=0.0), np.zeros(len(hessian)))
+    H = _damped(hessian, np.zeros(len(hessian)))
     across = H[:, :, :R, R:]
-    return (H[:, :, :R, :R] - across @ np.linalg.solve(H[:, :, R:, R:], np.swapaxes(across, -1, -2))).sum(1)
+    return (
+        H[:, :, :R, :R] - across @ np.linalg.solve(H[:, :, R:, R:], np.swapaxes(across, -1, -2))
+    ).sum(1)
 
 
 def _damped(hessian: np.ndarray, damping: np.ndarray) -> np.ndarray:

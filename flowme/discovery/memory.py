@@ -1,4 +1,4 @@
-"""What a search knows: every structure fitted, by its equivalence class, and screens around them."""
+"""What a search knows: every structure fitted, by equivalence class, and screens around them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ class Memory:
         prior: log prior of each reaction, [L].
         weights: of the reward's parts.
         scored: by canonical rows.
+        precise: the best structure when the solver's steps were last found short enough.
     """
 
     def __init__(self, problem: Problem, prior: np.ndarray, weights: Weights):
         self.problem, self.prior, self.weights = problem, prior, weights
         self.scored: dict[tuple[int, ...], Scored] = {}
+        self.precise: tuple[int, ...] | None = None
         self._keys: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._tangents: dict[tuple[int, ...], Screen] = {}
         self._matched: tuple[tuple[int, ...], Screen] | None = None
@@ -58,7 +60,7 @@ class Memory:
         for fit in fits:
             rows = self.problem.rows([fit.rows])
             parameters = len(fit.rows) + int((~self.problem.courses.known).sum())
-            predicted = float(prediction(self.problem, fit.deviance, parameters))
+            predicted = float(prediction(self.problem, np.array(fit.deviance), parameters))
             simple = float(complexity(self.problem, self.prior, rows)[0])
             total = self.weights.prediction * predicted + self.weights.complexity * simple
             self.scored[fit.rows] = Scored(fit, predicted, simple, total)
@@ -66,6 +68,17 @@ class Memory:
     def best(self, n: int = 1) -> list[Scored]:
         """The n of largest reward, best first."""
         return sorted(self.scored.values(), key=lambda s: -s.reward)[:n]
+
+    def says(self) -> str:
+        """The best structure in words, and its BIC."""
+        if not self.scored:
+            return "nothing yet"
+        best = self.best()[0]
+        reactions = "; ".join(str(self.problem.library.reactions[r]) for r in best.fit.rows)
+        n = self.problem.courses.count.sum()
+        return (
+            f"{len(self.scored)} structures, best: {reactions} (BIC {-2 * n * best.prediction:.1f})"
+        )
 
     def penalty(self, rows: np.ndarray) -> np.ndarray:
         """What is added to a deviance to make it -2n × reward, rows [n, R] padded by L."""
@@ -98,11 +111,11 @@ class Memory:
 class Path(Smooth):
     """The trajectories of a fit in place of a smoother: what it gives obeys an ODE."""
 
-    def __init__(self, problem: Problem, fit: Estimate, variance: np.ndarray):
+    def __init__(self, problem: Problem, fit: Estimate, variance: np.ndarray | None = None):
         x, slope = problem.path(fit.rows, fit.log_rates, fit.initial)
         self.curves = {}
         for c, time in enumerate(problem.courses.time):
             t, first = np.unique(time, return_index=True)
             for s in range(x.shape[-1]):
                 self.curves[c, s] = CubicHermiteSpline(t, x[c, first, s], slope[c, first, s])
-        self.variance = variance
+        self.variance = problem.variance(fit.squares) if variance is None else variance

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -55,13 +55,17 @@ class Problem:
         arrays = library_arrays(library, courses), design(courses)
         return cls(courses, library, slots, batch, 2, *arrays)
 
+    def with_substeps(self, substeps: int) -> Problem:
+        """The problem with other steps of the solver."""
+        return replace(self, substeps=substeps)
+
     @property
     def floor(self) -> np.ndarray:
         """Smallest σ of each species, [S]."""
         values = np.where(self.courses.observed, self.courses.values, np.nan)
         seen = self.courses.count > 1
         sd = [np.nanstd(values[..., s]) if seen[s] else 1.0 for s in range(len(seen))]
-        return _FLOOR * np.maximum(sd, 1e-3)
+        return _FLOOR * np.maximum(np.array(sd, float), 1e-3)
 
     def variance(self, squares: np.ndarray) -> np.ndarray:
         """σ̂² of each species from its sum of squares, [..., S] -> [..., S]."""
@@ -74,7 +78,7 @@ class Problem:
         deviance = (count * np.log(variance) + squares / variance).sum(-1)
         return np.where(np.isfinite(squares).all(-1), deviance, np.inf)
 
-    def bic(self, deviance: np.ndarray, parameters: np.ndarray | int) -> np.ndarray:
+    def bic(self, deviance: np.ndarray, parameters: int) -> np.ndarray:
         """D + p log n."""
         return deviance + parameters * np.log(self.courses.count.sum())
 

@@ -50,7 +50,7 @@ def log_prior(library: Library, weight: Callable[[Reaction], float] = plausibili
     return logs - np.logaddexp.reduce(logs)
 
 
-def prediction(problem: Problem, deviance: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+def prediction(problem: Problem, deviance: np.ndarray, parameters: int) -> np.ndarray:
     """-BIC / 2n of an ODE fit, nats per measurement; at least the floor."""
     n = problem.courses.count.sum()
     return np.maximum(-problem.bic(deviance, parameters) / (2 * n), FLOOR)

@@ -66,9 +66,7 @@ def held_out(problem: Problem, fits: Sequence[Estimate], fit: Any) -> np.ndarray
     return -np.where(np.isfinite(lost), lost, np.inf)
 
 
-def stable(
-    problem: Problem, fit: Estimate, rng: np.random.Generator, draws: int = 100
-) -> float:
+def stable(problem: Problem, fit: Estimate, rng: np.random.Generator, draws: int = 100) -> float:
     """Share of draws κ exp(.05 z), z normal, with which every species stays, in root mean square
     over all records, within a quarter of its standard deviation of where it was.
 
@@ -77,7 +75,9 @@ def stable(
     courses, design = problem.courses, problem.design
     x = problem.along_library(fit.rows, fit.log_rates, fit.initial)[0]
     recorded = np.diff(courses.time, axis=1, prepend=-1.0).T[:, None] > 0  # padding is not
-    everywhere = design._replace(values=x, observed=np.broadcast_to(recorded, x.shape).astype(float))
+    everywhere = design._replace(
+        values=x, observed=np.broadcast_to(recorded, x.shape).astype(float)
+    )
     moved = fit.log_rates + _PERTURBED * rng.normal(size=(draws, fit.log_rates.size))
     C = len(courses.conditions)
     squares = squares_of(

@@ -108,7 +108,7 @@ def integral_screen(problem: Problem, smooth: Smooth) -> Screen:
     """Integral matching with the smoothed trajectories; initial states unless known are free."""
     courses, net = problem.courses, problem.courses.net(problem.library)
     monomials, source = np.unique(problem.library.consumed, axis=0, return_inverse=True)
-    (L, S), M = net.shape, len(monomials)
+    S, M = net.shape[1], len(monomials)
     gram, cross, total = np.zeros((S, M, M)), np.zeros((S, M)), np.zeros(S)
     for c in range(len(courses.conditions)):
         integral = _integrals(courses.time[c], smooth, c, courses.initial[c], monomials)
@@ -163,8 +163,9 @@ def tangent_screen(problem: Problem, fitted: Estimate) -> Screen:
     rates = np.zeros(L)
     rates[list(fitted.rows)] = np.exp(fitted.log_rates)
     total = chi2 + 2 * slope @ rates + gram @ rates @ rates
-    scaled = (a * variance.reshape(-1, *[1] * (a.ndim - 1)) for a in (gram, slope + gram @ rates))
-    return Screen(*scaled, total * variance, variance, False, problem)
+    cross = (slope + gram @ rates) * variance[:, None]
+    gram = gram * variance[:, None, None]
+    return Screen(gram, cross, total * variance, variance, False, problem)
 
 
 def _without_own(columns: np.ndarray, L: int) -> np.ndarray:

@@ -1,17 +1,112 @@
-"""One round of a search: propose, screen, fit, remember."""
+"""The search: rounds of proposing, screening, fitting and remembering, within a budget."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .arms import Arm, as_rows, mask
+from .journal import Course, Journal
 from .memory import Memory
-from .problem import Problem
+from .robustness import squares_of
 
+_PRECISE = 0.5  # change of the best deviance with half the step, above which steps are halved
+_MOST_SUBSTEPS = 64
+_REFINED = 32  # best structures that are fitted again then
 _DEPTH = 4  # times the number to be chosen: how far down a ranking new structures are looked for
 _MODEST = 1e-2  # scaled rate at which a reaction starts that the screen gave none
+
+
+class Budget(NamedTuple):
+    """When a search ends.
+
+    Attributes:
+        seconds: wall-clock, of all sittings together.
+        evaluations: ODE fits; None: any number.
+        patience: rounds without a better structure; None: any number.
+    """
+
+    seconds: float
+    evaluations: int | None
+    patience: int | None
+
+    def spent(self, course: Course) -> str:
+        """Why the search ends now; empty if it goes on."""
+        if course.seconds >= self.seconds:
+            return f"budget of {self.seconds:g} s spent"
+        if self.evaluations is not None and course.evaluations >= self.evaluations:
+            return f"budget of {self.evaluations} ODE fits spent"
+        if self.patience is not None and course.stale >= self.patience:
+            return f"nothing better in {course.stale} rounds"
+        return ""
+
+
+def search(
+    arm: Arm,
+    memory: Memory,
+    fit: Any,
+    rng: np.random.Generator,
+    budget: Budget,
+    journal: Journal,
+    progress: bool = True,
+) -> Course:
+    """Rounds until the budget is spent or Ctrl-C; what a journal holds is taken up first.
+
+    Args:
+        arm: proposes structures.
+        memory: to be filled.
+        fit: the inner fit.
+        rng: of the arm.
+        budget: when to end.
+        journal: keeps the search.
+        progress: whether to show a bar.
+
+    Returns:
+        How the search went.
+    """
+    if not budget.seconds > 0 or (budget.evaluations is not None and budget.evaluations < 1):
+        raise ValueError(f"expected a budget above 0; got {budget}")
+    course = journal.restore(memory, rng, arm)
+    begun = time.perf_counter() - course.seconds
+    with tqdm(
+        desc="Discovery", unit=" fits", initial=course.evaluations, disable=not progress
+    ) as bar:
+        try:
+            while not (why := budget.spent(course)):
+                before = memory.best(1)
+                fits = 32 if budget.evaluations is None else budget.evaluations - course.evaluations
+                n = advance(arm, memory, fit, rng, fits=min(fits, 32))
+                refine(memory, fit)
+                better = memory.best(1) != before
+                course = course.after(n, time.perf_counter() - begun, better)
+                journal.keep(memory, rng, arm, course)
+                bar.update(n)
+                bar.set_postfix_str(memory.says())
+        except KeyboardInterrupt:
+            why = "interrupted"
+    journal.close()
+    return course._replace(why=why)
+
+
+def refine(memory: Memory, fit: Any) -> None:
+    """Halve the solver's steps while that changes the best deviance, and fit the best again."""
+    problem = memory.problem
+    for best in memory.best(1):
+        if problem.substeps >= _MOST_SUBSTEPS or memory.precise == best.fit.rows:
+            return
+        finer = problem.with_substeps(2 * problem.substeps)
+        now = (best.fit.rows,), (best.fit.log_rates,), (best.fit.initial,)
+        squares = squares_of(finer, *now, [np.ones(len(problem.courses.conditions))])
+        change = abs(float(problem.deviance(squares)[0]) - best.fit.deviance)
+        memory.precise = best.fit.rows
+        if change > _PRECISE:
+            memory.problem = finer
+            again = [s.fit for s in memory.best(_REFINED)]
+            starts, states = [np.exp(f.log_rates) for f in again], [f.initial for f in again]
+            memory.add(fit(finer, [f.rows for f in again], starts, initial=states))
 
 
 def advance(

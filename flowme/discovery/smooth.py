@@ -60,7 +60,7 @@ def _points(courses: TimeCourses, c: int, s: int) -> tuple[np.ndarray, np.ndarra
 
 
 def smoothed(t: np.ndarray, y: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, float]:
-    """The values at its knots of the smoothing spline through (t, y), and its degrees of freedom."""
+    """Values at the knots of the smoothing spline through (t, y), and its degrees of freedom."""
     h = np.diff(t)
     n = t.size
     Q, R = np.zeros((n, n - 2)), np.zeros((n - 2, n - 2))
