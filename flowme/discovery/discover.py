@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def discover(
     prior: Callable[[Reaction], float] = plausibility,
     weights: Weights | None = None,
     seconds: float = 60.0,
+    clock: Callable[[], float] = time.perf_counter,
     evaluations: int | None = None,
     patience: int | None = 20,
     leaders: int = 10,
@@ -67,7 +69,8 @@ def discover(
         fit: the inner fit; `LevenbergMarquardt()` if None.
         prior: log weight of a reaction before the data; by default the fewer molecules, the more.
         weights: of the parts of the reward.
-        seconds: budget, wall-clock.
+        seconds: budget.
+        clock: by which seconds are counted; `time.process_time` for those of the CPU.
         evaluations: budget in ODE fits; no limit if None.
         patience: rounds without a better structure after which the search ends; None: never.
         leaders: structures on the leaderboard, whose robustness is judged.
@@ -91,8 +94,8 @@ def discover(
     method = LevenbergMarquardt() if fit is None else fit
     budget = Budget(seconds, evaluations, patience)
     journal = Journal.open(checkpoint, problem, seed)
-    course = search(proposer, memory, method, rng, budget, journal, progress)
-    return conclude(memory, study, method, leaders, course, seed)
+    course = search(proposer, memory, method, rng, budget, journal, progress, clock)
+    return conclude(memory, method, leaders, course, seed)
 
 
 def _allowed(

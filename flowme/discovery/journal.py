@@ -23,7 +23,7 @@ class Course(NamedTuple):
     Attributes:
         rounds: finished.
         evaluations: ODE fits.
-        seconds: wall-clock.
+        seconds: by the clock of the budget.
         stale: rounds since the best structure changed.
         why: why it ended.
     """

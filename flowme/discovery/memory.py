@@ -58,12 +58,16 @@ class Memory:
     def add(self, fits: Iterable[Estimate]) -> None:
         """Score fits and keep them."""
         for fit in fits:
-            rows = self.problem.rows([fit.rows])
-            parameters = len(fit.rows) + int((~self.problem.courses.known).sum())
-            predicted = float(prediction(self.problem, np.array(fit.deviance), parameters))
-            simple = float(complexity(self.problem, self.prior, rows)[0])
-            total = self.weights.prediction * predicted + self.weights.complexity * simple
-            self.scored[fit.rows] = Scored(fit, predicted, simple, total)
+            self.scored[fit.rows] = self.score(fit)
+
+    def score(self, fit: Estimate) -> Scored:
+        """The parts of a fit's reward, all but robustness."""
+        parameters = len(fit.rows) + int((~self.problem.courses.known).sum())
+        predicted = float(prediction(self.problem, np.array(fit.deviance), parameters))
+        rows = self.problem.rows([fit.rows])
+        simple = float(complexity(self.problem, self.prior, rows)[0])
+        total = self.weights.prediction * predicted + self.weights.complexity * simple
+        return Scored(fit, predicted, simple, total)
 
     def best(self, n: int = 1) -> list[Scored]:
         """The n of largest reward, best first."""

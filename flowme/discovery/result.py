@@ -10,11 +10,9 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
-import flowme as fm
-
 from .data import TimeCourses
 from .equivalence import class_key, sparsest
-from .fit import Estimate
+from .fit import Estimate, LevenbergMarquardt
 from .journal import Course
 from .memory import Memory, Path, Scored
 from .network import ReactionNetwork
@@ -36,9 +34,9 @@ class Discovery:
         inclusion: probability of each reaction, from the weights of all structures seen.
         networks: the networks of the leaderboard, in the study's units.
         initial: initial states, [network, subject, species].
-        courses: the data.
         course: how the search went.
-        curves: splines of each network's trajectories, (subject, species) -> scaled curve.
+        fits: of the networks, in scaled units.
+        memory: data, library and all structures seen.
     """
 
     leaderboard: pd.DataFrame
@@ -46,9 +44,9 @@ class Discovery:
     inclusion: pd.Series
     networks: tuple[ReactionNetwork, ...]
     initial: np.ndarray
-    courses: TimeCourses
     course: Course
-    curves: tuple[Any, ...]
+    fits: tuple[Estimate, ...]
+    memory: Memory
 
     @property
     def best(self) -> ReactionNetwork:
@@ -57,8 +55,32 @@ class Discovery:
 
     def plot(self, networks: int = 3, subjects: int = 6) -> Figure:
         """The data, and the trajectories of the best networks, a panel per species and subject."""
-        shown = [str(i + 1) for i in range(min(networks, len(self.networks)))]
-        return against_data(self.courses, self.curves[:networks], shown, subjects)
+        curves = [Path(self.memory.problem, f).curves for f in self.fits[:networks]]
+        names = [str(i + 1) for i in range(len(curves))]
+        return against_data(self.memory.problem.courses, curves, names, subjects)
+
+    def judge(self, hypothesis: ReactionNetwork, fit: Any = None) -> pd.Series:
+        """A network of your own, fitted as those of the search were and set beside the best.
+
+        Args:
+            hypothesis: reactions of the library; its rates are where the fit starts.
+            fit: the inner fit; `LevenbergMarquardt()` if None.
+
+        Returns:
+            BIC and reward, and how far both are from the best: "dBIC" above 0 means that the data
+            prefer the best; "nats" is n times the difference of the rewards.
+        """
+        problem, n = self.memory.problem, self.memory.problem.courses.count.sum()
+        unit = problem.courses.rate_unit(problem.library)
+        given = zip(hypothesis.reactions, hypothesis.rates, strict=True)
+        rates = {problem.library.index(r): float(k) for r, k in given}
+        rows = tuple(sorted(rates))
+        starts = [np.array([rates[r] / unit[r] for r in rows])]
+        scored = self.memory.score((fit or LevenbergMarquardt())(problem, [rows], starts)[0])
+        first, bic = self.leaderboard.iloc[0], -2 * n * scored.prediction
+        nats = n * (self.memory.score(self.fits[0]).reward - scored.reward)
+        found = {"BIC": bic, "dBIC": bic - first["BIC"], "reward": scored.reward, "nats": nats}
+        return pd.Series(found, name=str(hypothesis))
 
     def to_arviz(self, draws: int = 1000, seed: int = 0) -> Any:
         """Draws of structure and rates as an ArviZ object: a network by its probability, then its
@@ -71,7 +93,7 @@ class Discovery:
 
         groups = {
             "posterior": _posterior(self, np.random.default_rng(seed), draws),
-            "observed_data": _observed(self.courses),
+            "observed_data": _observed(self.memory.problem.courses),
         }
         if az.__version__.startswith("0."):
             return az.InferenceData(**groups)  # type: ignore
@@ -90,11 +112,8 @@ class Discovery:
     __repr__ = __str__
 
 
-def conclude(
-    memory: Memory, study: fm.Study, fit: Any, leaders: int, course: Course, seed: int
-) -> Discovery:
+def conclude(memory: Memory, fit: Any, leaders: int, course: Course, seed: int) -> Discovery:
     """The result of a search: one network for each ODE, the simplest that has it."""
-    del study
     if not memory.scored:
         raise ValueError(
             f"expected a budget for at least one round of fits; got none done ({course.why})"
@@ -104,9 +123,8 @@ def conclude(
     probability = weight / weight.sum()
     first = distinct[:leaders]
     robust = _robustness(memory, first, fit, seed)
-    total = [
-        s.reward + memory.weights.robustness * r.total for s, r in zip(first, robust, strict=True)
-    ]
+    counts = memory.weights.robustness
+    total = [s.reward + counts * r.total for s, r in zip(first, robust, strict=True)]
     order = np.argsort(-np.array(total), kind="stable")
     rows = [_row(memory, first[i], probability[i], robust[i], total[i]) for i in order]
     board = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="rank"))
@@ -118,9 +136,9 @@ def conclude(
         _inclusion(memory, distinct, probability),
         tuple(network(memory, f) for f in fits),
         np.stack([f.initial * memory.problem.courses.scale for f in fits]),
-        memory.problem.courses,
         course,
-        tuple(Path(memory.problem, f).curves for f in fits),
+        tuple(fits),
+        memory,
     )
 
 

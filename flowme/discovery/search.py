@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ class Budget(NamedTuple):
     """When a search ends.
 
     Attributes:
-        seconds: wall-clock, of all sittings together.
+        seconds: of all sittings together.
         evaluations: ODE fits; None: any number.
         patience: rounds without a better structure; None: any number.
     """
@@ -52,6 +53,7 @@ def search(
     budget: Budget,
     journal: Journal,
     progress: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Course:
     """Rounds until the budget is spent or Ctrl-C; what a journal holds is taken up first.
 
@@ -63,6 +65,7 @@ def search(
         budget: when to end.
         journal: keeps the search.
         progress: whether to show a bar.
+        clock: by which the seconds are counted.
 
     Returns:
         How the search went.
@@ -70,7 +73,7 @@ def search(
     if not budget.seconds > 0 or (budget.evaluations is not None and budget.evaluations < 1):
         raise ValueError(f"expected a budget above 0; got {budget}")
     course = journal.restore(memory, rng, arm)
-    begun = time.perf_counter() - course.seconds
+    begun = clock() - course.seconds
     with tqdm(
         desc="Discovery", unit=" fits", initial=course.evaluations, disable=not progress
     ) as bar:
@@ -81,7 +84,7 @@ def search(
                 n = advance(arm, memory, fit, rng, fits=min(fits, 32))
                 refine(memory, fit)
                 better = memory.best(1) != before
-                course = course.after(n, time.perf_counter() - begun, better)
+                course = course.after(n, clock() - begun, better)
                 journal.keep(memory, rng, arm, course)
                 bar.update(n)
                 bar.set_postfix_str(memory.says())

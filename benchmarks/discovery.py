@@ -1,0 +1,310 @@
+"""Which arm finds known reaction networks from noisy time courses? A row per run, as it comes.
+
+    python benchmarks/discovery.py [networks] [noise] [arms] [seeds] [CPU seconds]
+    python benchmarks/discovery.py 2,4,6,7,10,11,12 0,0.05 default,random 3 60
+
+Four initial conditions of 40 points, noise in units of each species' standard deviation, initial
+states known. Columns: recovered exactly, or up to dynamical equivalence; F1 of the ODE's terms;
+error in four initial conditions held out, normalised; dBIC to the truth, fitted alike after the
+choice (above 0: the search missed it; at most 0: the data prefer, or cannot exclude, another), and
+the same of the whole reward, by which the choice is made; structures fitted; CPU seconds, with
+compilation. A row of PySINDy, plain and weak, has what terms can tell. The last row of an arm sums
+it up: `well` counts runs recovered or missed for want of information.
+
+The truth is used to simulate and, after the choice, to judge. It enters no search.
+"""
+
+import itertools
+import sys
+import time
+import warnings
+
+import jax
+import numpy as np
+import pandas as pd
+from scipy.integrate import solve_ivp
+
+import flowme as fm
+from flowme import discovery
+
+jax.config.update("jax_enable_x64", True)
+
+# Number: name, reactions and rates, initial conditions of training, end of the 40 times.
+# Sources of the numbers: ODEBench (1, 4, 5), CRNN (7), Foo et al. 2025 (10, 11), ours (2, 3, 6, 12).
+NETWORKS = {
+    1: ("logistic", {"X -> 2X": 2.1, "2X -> X": 0.5}, [[0.13], [2.24], [6], [9]], 3),
+    2: (
+        "Lotka-Volterra",
+        {"A -> 2A": 1, "A + B -> 2B": 0.5, "B -> 0": 0.8},
+        [[2, 1], [1, 3], [4, 1], [0.5, 0.5]],
+        10,
+    ),
+    3: (
+        "unequal LV",
+        {"A -> 2A": 1.84, "A + B -> 2B": 1.45, "B -> 0": 3.0, "A + B -> B": 0.3},
+        [[8.3, 3.4], [0.4, 0.65], [2, 1], [1, 3]],
+        10,
+    ),
+    4: (
+        "SIR",
+        {"S + I -> 2I": 0.4, "I -> R": 0.314},
+        [[7.2, 0.98, 0], [4, 0.3, 0], [3, 2, 1], [6, 0.1, 0]],
+        12,
+    ),
+    5: (
+        "SEIR",
+        {"S + I -> E + I": 0.28, "E -> I": 0.47, "I -> R": 0.30},
+        [[0.6, 0.3, 0.09, 0.01], [0.4, 0.3, 0.25, 0.05], [0.9, 0.05, 0.05, 0], [2, 0, 0.3, 0]],
+        10,
+    ),
+    6: (
+        "Michaelis-Menten",
+        {"S + E -> C": 2, "C -> S + E": 0.3, "C -> E + P": 0.7},
+        [[2, 1, 0, 0], [1, 0.5, 0, 0], [0.5, 1.5, 0, 0], [3, 0.3, 0.2, 0.5]],
+        8,
+    ),
+    7: (
+        "CRNN case 1",
+        {"2A -> B": 0.1, "A -> C": 0.2, "C -> D": 0.13, "B + D -> E": 0.3},
+        [[1.1, 0.9, 0, 0, 0], [0.5, 1.1, 0, 0, 0], [1.2, 0.3, 0, 0, 0], [0.3, 0.6, 0, 0, 0]],
+        40,
+    ),
+    10: (
+        "Foo, 3 species",
+        {"X -> Y": 1, "X + Y -> Z": 1, "Z -> X + Y": 1},
+        [[0, 0, 1], [1, 0, 0.2], [0.5, 1, 0], [2, 0.3, 0.5]],
+        10,
+    ),
+    11: (
+        "insect stages",
+        {"E -> L": 1, "L -> A": 1, "A -> A + E": 1, "2A -> A": 1},
+        [[0, 0, 3], [2, 0, 0.5], [0, 2, 1], [1, 1, 0.1]],
+        10,
+    ),
+    12: (
+        "HIV T-I-V",
+        {
+            "0 -> T": 0.5,
+            "T -> 0": 0.1,
+            "T + V -> I + V": 0.4,
+            "I -> 0": 0.6,
+            "I -> I + V": 2,
+            "V -> 0": 1.5,
+        },
+        [[5, 0, 0.1], [2, 0.5, 0.5], [8, 0, 0.02], [1, 1, 2]],
+        15,
+    ),
+}
+SPECIES = {4: "SIR", 5: "SEIR", 6: "SECP", 11: "ELA", 12: "TIV"}
+ARMS = {
+    "default": lambda: None,
+    "random": discovery.Random,
+    "class prior": discovery.ClassPrior,
+    "stepwise": discovery.Stepwise,
+    "genetic": discovery.Genetic,
+    "genetic local": discovery.GeneticLocal,
+}
+
+
+def truth_of(number):
+    reactions = {r: float(k) for r, k in NETWORKS[number][1].items()}
+    return discovery.ReactionNetwork(reactions, species=tuple(SPECIES.get(number, "")) or None)
+
+
+def solved(network, starts, times):
+    """x of each initial state, [condition, time, species], to 1e-9."""
+    consumed = np.array(
+        [[dict(r.reactants).get(s, 0) for s in network.species] for r in network.reactions]
+    )
+    rates, net = np.array(network.rates, float), network.net
+
+    def field(t, x):
+        return (rates * np.prod(x**consumed, 1)) @ net
+
+    span = (0, times[-1])
+    tight = {"t_eval": times, "method": "LSODA", "rtol": 1e-9, "atol": 1e-12}
+    found = [solve_ivp(field, span, np.array(x, float), **tight).y.T for x in starts]
+    short = [np.pad(y, ((0, times.size - len(y)), (0, 0)), constant_values=np.inf) for y in found]
+    return np.array(short)
+
+
+def simulated(number, noise, seed):
+    """A study, and the names of the covariates that hold its initial states."""
+    network, (_, _, starts, end) = truth_of(number), NETWORKS[number]
+    times = np.linspace(0, end, 40)
+    x = solved(network, starts, times)
+    y = x + noise * x.std((0, 1)) * np.random.default_rng(seed).normal(size=x.shape)
+    index = pd.MultiIndex.from_product([range(len(starts)), times], names=["ID", "TIME"])
+    frame = pd.DataFrame(y.reshape(-1, y.shape[-1]), index, network.species).reset_index()
+    for i, s in enumerate(network.species):
+        frame[f"{s}0"] = np.repeat([float(start[i]) for start in starts], times.size)
+    initial = {s: f"{s}0" for s in network.species}
+    study = fm.Study.from_frame(frame, outcome=list(network.species), covariates=initial.values())
+    return study, initial
+
+
+def held_out(network, number):
+    """Error in initial conditions between those of training, in standard deviations."""
+    starts, end = np.array(NETWORKS[number][2], float), NETWORKS[number][3]
+    new, times = 0.6 * starts + 0.4 * np.roll(starts, 1, 0), np.linspace(0, end, 40)
+    true = solved(truth_of(number), new, times)
+    error = (solved(network, new, times) - true) / true.std((0, 1))
+    return np.sqrt(np.mean(error**2))
+
+
+def terms(network):
+    """The terms of the ODE: (species, monomial)."""
+    total = {}
+    for r, k in zip(network.reactions, network.rates, strict=True):
+        for s, n in r.net.items():
+            total[s, r.reactants] = total.get((s, r.reactants), 0.0) + float(k) * n
+    return {term for term, size in total.items() if abs(size) > 1e-9}
+
+
+def f1(found, true):
+    return 2 * len(found & true) / (len(found) + len(true))
+
+
+def simplest(network):
+    """The reactions of the simplest network with the same ODE."""
+    return set(discovery.sparsest(network).reactions)
+
+
+def judged(result, number):
+    """Everything that needs the truth, after the choice. dBIC is that of the best above the
+    truth's."""
+    true, best = truth_of(number), result.best
+    alike = result.judge(true)
+    return {
+        "exact": set(best.reactions) == set(true.reactions),
+        "equivalent": len(best) <= len(true) and discovery.recovers(best, true, every=True),
+        "F1": f1(terms(best), terms(true)),
+        "held out": held_out(best, number),
+        "dBIC": -alike["dBIC"],
+        "dReward": -2 * alike["nats"],
+        "reactions": len(best),
+        "structures": len(result.memory.scored),
+        "fits": result.course.evaluations,
+    }
+
+
+def searched(arm, number, noise, seed, seconds):
+    study, initial = simulated(number, noise, seed)
+    begun = time.process_time()
+    result = discovery.discover(
+        study, list(initial), initial=initial, arm=ARMS[arm](), seconds=seconds,
+        clock=time.process_time, patience=PATIENCE, seed=seed, progress=False,
+    )  # fmt: skip
+    return {**judged(result, number), "CPU s": time.process_time() - begun}
+
+
+def sindy(weak, number, noise, seed):
+    """PySINDy's terms; of a range of thresholds that whose simulation has the best BIC."""
+    import pysindy
+
+    study, _ = simulated(number, noise, seed)
+    network = truth_of(number)
+    begun = time.process_time()
+    x = [np.stack([study.values[s][i] for s in study.outcomes], -1) for i in range(4)]
+    t = np.asarray(study.time[0])
+    best = None
+    for threshold in np.logspace(-2.3, -0.2, 12):
+        optimizer = pysindy.STLSQ(threshold=threshold, alpha=1e-3)
+        library = pysindy.PolynomialLibrary(degree=2)
+        if weak:
+            library = pysindy.WeakPDELibrary(library, spatiotemporal_grid=t, K=200, p=4)
+        smooth = pysindy.SmoothedFiniteDifference()
+        extra = {} if weak else {"differentiation_method": smooth}
+        model = pysindy.SINDy(optimizer, feature_library=library, **extra)
+        model.fit(x, t=t)
+        coefficients = model.coefficients()
+        value = _bic(coefficients, library_powers(len(network.species)), x, t)
+        if best is None or value < best[0]:
+            best = value, coefficients
+    found = {
+        (s, monomial)
+        for i, s in enumerate(network.species)
+        for monomial, size in zip(monomials(network.species), best[1][i], strict=True)
+        if size
+    }
+    true = terms(network)
+    return {"F1": f1(found, true), "exact": found == true, "CPU s": time.process_time() - begun}
+
+
+def library_powers(S):
+    """Powers of 1, x_i and x_i x_j in PySINDy's order, [term, S]."""
+    pairs = itertools.combinations_with_replacement(range(S), 2)
+    rows = [np.zeros(S), *np.eye(S), *(np.eye(S)[i] + np.eye(S)[j] for i, j in pairs)]
+    return np.array(rows, int)
+
+
+def monomials(species):
+    return [
+        tuple(sorted((s, int(n)) for s, n in zip(species, powers, strict=True) if n))
+        for powers in library_powers(len(species))
+    ]
+
+
+def _bic(coefficients, powers, x, t):
+    squares = 0.0
+    for y in x:
+        field = lambda t, z: coefficients @ np.prod(z**powers, 1)  # noqa: E731
+        found = solve_ivp(field, (t[0], t[-1]), y[0], t_eval=t, rtol=1e-6, atol=1e-8).y.T
+        if found.shape != y.shape or not np.isfinite(found).all():
+            return np.inf
+        squares = squares + ((found - y) ** 2 / np.std(np.concatenate(x), 0) ** 2).sum()
+    n = sum(y.size for y in x)
+    return n * np.log(squares / n) + np.count_nonzero(coefficients) * np.log(n)
+
+
+def main(networks, noises, arms, seeds, seconds):
+    print(f"{'arm':15s} {'network':17s} noise seed | " + " ".join(f"{c:>10s}" for c in COLUMNS))
+    for arm in arms:
+        rows = []
+        for number, noise, seed in itertools.product(networks, noises, range(seeds)):
+            if arm.startswith("sindy"):
+                row = sindy(arm == "sindy weak", number, noise, seed)
+            else:
+                row = searched(arm, number, noise, seed, seconds)
+            rows.append(row)
+            said = " ".join(f"{_short(row.get(c, np.nan)):>10s}" for c in COLUMNS)
+            print(f"{arm:15s} {NETWORKS[number][0]:17s} {noise:5g} {seed:4d} | {said}", flush=True)
+        table = pd.DataFrame(rows)
+        if "dBIC" in table:
+            recovered = table["exact"] | table["equivalent"]
+            well = recovered | (table["dBIC"] <= 0.5)
+            print(
+                f"{arm}: {len(table)} runs, exact {table['exact'].sum()}, exact or equivalent "
+                f"{recovered.sum()}, well {well.sum()}, mean F1 {table['F1'].mean():.3f}, largest "
+                f"held-out error where recovered {table.loc[recovered, 'held out'].max():.2g}"
+            )
+        else:
+            print(
+                f"{arm}: {len(table)} runs, exact {table['exact'].sum()}, "
+                f"mean F1 {table['F1'].mean():.3f}"
+            )
+
+
+def _short(x):
+    if isinstance(x, bool | np.bool_):
+        return "yes" if x else "-"
+    return f"{x:.3g}" if abs(x) < 1e4 else f"{x:.0f}"
+
+
+PATIENCE = None
+COLUMNS = ("exact", "equivalent", "F1", "held out", "dBIC", "dReward", "reactions", "structures",
+           "fits", "CPU s")  # fmt: skip
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module="pysindy")
+    given = [
+        *sys.argv[1:],
+        *["2,4,6,7,10,11,12", "0,0.05", "default", "3", "30"][len(sys.argv) - 1 :],
+    ]
+    main(
+        [int(n) for n in given[0].split(",")],
+        [float(x) for x in given[1].split(",")],
+        given[2].split(","),
+        int(given[3]),
+        float(given[4]),
+    )
