@@ -1,7 +1,7 @@
 """Which arm finds known reaction networks from noisy time courses? A row per run, as it comes.
 
-    python benchmarks/discovery.py [networks] [noise] [arms] [seeds] [CPU seconds]
-    python benchmarks/discovery.py 2,4,6,7,10,11,12 0,0.05 default,random 3 60
+    python benchmarks/discovery.py [networks] [noise] [arms] [seeds] [CPU s] [patience]
+    python benchmarks/discovery.py 2,4,6,7,10,11,12 0,0.05 default,random 3 60 0
 
 Four initial conditions of 40 points, noise in units of each species' standard deviation, initial
 states known. Columns: recovered exactly, or up to dynamical equivalence; F1 of the ODE's terms;
@@ -30,7 +30,7 @@ from flowme import discovery
 jax.config.update("jax_enable_x64", True)
 
 # Number: name, reactions and rates, initial conditions of training, end of the 40 times.
-# Sources of the numbers: ODEBench (1, 4, 5), CRNN (7), Foo et al. 2025 (10, 11), ours (2, 3, 6, 12).
+# Sources of the numbers: ODEBench (1, 4, 5), CRNN (7), Foo et al. 2025 (10, 11), our own (others).
 NETWORKS = {
     1: ("logistic", {"X -> 2X": 2.1, "2X -> X": 0.5}, [[0.13], [2.24], [6], [9]], 3),
     2: (
@@ -188,12 +188,12 @@ def judged(result, number):
     }
 
 
-def searched(arm, number, noise, seed, seconds):
+def searched(arm, number, noise, seed, seconds, patience):
     study, initial = simulated(number, noise, seed)
     begun = time.process_time()
     result = discovery.discover(
         study, list(initial), initial=initial, arm=ARMS[arm](), seconds=seconds,
-        clock=time.process_time, patience=PATIENCE, seed=seed, progress=False,
+        clock=time.process_time, patience=patience, seed=seed, progress=False,
     )  # fmt: skip
     return {**judged(result, number), "CPU s": time.process_time() - begun}
 
@@ -257,7 +257,7 @@ def _bic(coefficients, powers, x, t):
     return n * np.log(squares / n) + np.count_nonzero(coefficients) * np.log(n)
 
 
-def main(networks, noises, arms, seeds, seconds):
+def main(networks, noises, arms, seeds, seconds, patience):
     print(f"{'arm':15s} {'network':17s} noise seed | " + " ".join(f"{c:>10s}" for c in COLUMNS))
     for arm in arms:
         rows = []
@@ -265,7 +265,7 @@ def main(networks, noises, arms, seeds, seconds):
             if arm.startswith("sindy"):
                 row = sindy(arm == "sindy weak", number, noise, seed)
             else:
-                row = searched(arm, number, noise, seed, seconds)
+                row = searched(arm, number, noise, seed, seconds, patience)
             rows.append(row)
             said = " ".join(f"{_short(row.get(c, np.nan)):>10s}" for c in COLUMNS)
             print(f"{arm:15s} {NETWORKS[number][0]:17s} {noise:5g} {seed:4d} | {said}", flush=True)
@@ -291,20 +291,18 @@ def _short(x):
     return f"{x:.3g}" if abs(x) < 1e4 else f"{x:.0f}"
 
 
-PATIENCE = None
 COLUMNS = ("exact", "equivalent", "F1", "held out", "dBIC", "dReward", "reactions", "structures",
            "fits", "CPU s")  # fmt: skip
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", module="pysindy")
-    given = [
-        *sys.argv[1:],
-        *["2,4,6,7,10,11,12", "0,0.05", "default", "3", "30"][len(sys.argv) - 1 :],
-    ]
+    usual = ["2,4,6,7,10,11,12", "0,0.05", "default", "3", "30", "20"]
+    given = [*sys.argv[1:], *usual[len(sys.argv) - 1 :]]
     main(
         [int(n) for n in given[0].split(",")],
         [float(x) for x in given[1].split(",")],
         given[2].split(","),
         int(given[3]),
         float(given[4]),
+        int(given[5]) or None,
     )
