@@ -16,6 +16,7 @@ __all__ = [
     "SenescencePopulation",
     "Simulated",
     "gaussian_population",
+    "hare_lynx",
     "senescence",
     "theophylline",
     "two_subpopulations",
@@ -64,6 +65,29 @@ def theophylline(baseline: bool = False) -> Study:
         outcome={"conc": "DV"},
         covariates="WT",
         units={"time": "h", "conc": "mg/L", "amount": "mg", "WT": "kg"},
+    )
+
+
+def hare_lynx() -> Study:
+    """Pelts of snowshoe hares and Canada lynxes bought by the Hudson's Bay Company, 1900 to 1920.
+
+    One subject, 21 years; outcomes "hare" and "lynx" (thousands of pelts a year), time in years.
+
+    Returns:
+        The study.
+
+    Reference:
+        Hewitt (1921), The Conservation of the Wild Life of Canada. New York: Scribner.
+    """
+    with (files("flowme") / "data" / "hare_lynx.csv").open() as file:
+        frame = pd.read_csv(file)
+    frame = frame.rename(columns={"Hare": "hare", "Lynx": "lynx"})
+    return Study.from_frame(
+        frame.assign(place="Hudson Bay"),
+        "place",
+        "Year",
+        ["hare", "lynx"],
+        units={"time": "year", "hare": "thousand", "lynx": "thousand"},
     )
 
 
