@@ -54,6 +54,13 @@ PAIRS = {
     "a half-line": (["T -> 0", "T -> 2T"], ["T -> 0"], False),
     "same change of another source": (["T -> 0"], ["2T -> T"], False),
     "rate law": (["T -> 0"], ["T -> 0 (michaelis-menten)"], False),
+    "saturating, one or two": (["T -> V (hill)"], ["T -> V (hill)", "T -> 2V (hill)"], False),
+    "saturating, two constants": (
+        ["V -> V + T (michaelis-menten)"],
+        ["V -> V + T (michaelis-menten)", "V -> V + 2T (michaelis-menten)"],
+        False,
+    ),
+    "saturating, one direction": (["V -> V + T (hill)"], ["V -> V + 2T (hill)"], True),
 }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 
 from .cone import Vector, echelon, shortest
+from .library import Library
 
 
 def conserved(net: np.ndarray) -> tuple[Vector, ...]:
@@ -45,6 +48,43 @@ def non_negative_laws(net: np.ndarray) -> list[Vector]:
                 kept.append(shortest(-b[r] * x + a[r] * y for x, y in zip(a, b, strict=True)))
         rows = _of_least_support(kept, reactions)
     return [shortest(row[reactions:]) for row in rows]
+
+
+def conserving(library: Library, laws: list[Mapping[str, float]]) -> np.ndarray:
+    """Reactions of a library that obey all laws, bool [L].
+
+    Args:
+        library: candidate reactions.
+        laws: weights c of Σ_s c_s x_s.
+
+    Raises:
+        ValueError: an unknown species, a law without weights, or laws that no reaction obeys.
+    """
+    obey = np.ones(len(library), bool)
+    for i, law in enumerate(laws):
+        check_known(law, library, "species in conservation laws")
+        if not any(law.values()):
+            raise ValueError(f"expected a conservation law with some weight; got {dict(law)}")
+        weights = np.array([law.get(s, 0.0) for s in library.species], float)
+        size = np.abs(library.net) @ np.abs(weights)
+        now = obey & (np.abs(library.net @ weights) <= 1e-9 * size)
+        if not (now & library.net.any(axis=1)).any():
+            before = f" beside {', '.join(str(dict(x)) for x in laws[:i])}" if i else ""
+            raise ValueError(
+                f"expected conservation laws that some reaction of the library obeys; got "
+                f"{dict(law)}{before}, which together hold every species constant"
+            )
+        obey = now
+    return obey
+
+
+def check_known(given: Iterable[str], library: Library, what: str) -> None:
+    """Refuses names that are no species of the library."""
+    unknown = sorted(set(given) - set(library.species))
+    if unknown:
+        raise ValueError(
+            f"expected {what} among {', '.join(library.species)}; got {', '.join(unknown)}"
+        )
 
 
 def _of_least_support(rows: list, first: int) -> list:

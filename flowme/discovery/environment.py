@@ -31,6 +31,7 @@ import numpy as np
 from jax import Array
 
 from .cone import shortest
+from .conservation import check_known, conserving
 from .library import Library
 from .reaction import Reaction
 
@@ -119,9 +120,9 @@ def environment(
             reactions that are forbidden or parallel, or nothing left to choose.
     """
     for what, given in (("hidden", hidden), ("present", present or ())):
-        _check_known(given, library, f"{what} species")
+        check_known(given, library, f"{what} species")
     opened = {s: i + 1 for i, s in enumerate(hidden)}
-    allowed = library.net.any(axis=1) & _conserving(library, list(conserved))
+    allowed = library.net.any(axis=1) & conserving(library, list(conserved))
     if whitelist is not None:
         allowed &= _among(library, whitelist)
     allowed &= ~_among(library, blacklist)
@@ -162,9 +163,15 @@ def reset(env: Environment, batch: tuple[int, ...] = ()) -> State:
 
 def step(env: Environment, state: State, action: Any) -> State:
     """The state after an action (drop, add), integers [..., 2]. Once done, nothing changes."""
-    nothing = len(env.library)
     drop, add = jnp.asarray(action)[..., 0], jnp.asarray(action)[..., 1]
     legal = _at(mask_drop(env, state), drop) & _at(mask_add(env, state, drop), add)
+    return act(env, state, action, legal)
+
+
+def act(env: Environment, state: State, action: Any, legal: Any = True) -> State:
+    """`step` for actions whose legality, bool [...], is known."""
+    nothing = len(env.library)
+    drop, add = jnp.asarray(action)[..., 0], jnp.asarray(action)[..., 1]
     acts = legal & ~state.done
     rows = jnp.arange(nothing)
     changed = (state.chosen & (rows != drop[..., None])) | (rows == add[..., None])
@@ -237,9 +244,11 @@ def _at(mask: Array, index: Array) -> Array:
 
 
 def _parallel(library: Library) -> np.ndarray:
-    """Same source and same direction, [L, L]."""
+    """Same source and same direction, [L, L]. Constants of its own tell a saturating law apart."""
+    own = [r if r.law != "mass action" else None for r in library.reactions]
     directions = map(shortest, library.net.tolist())
-    keys = [(r.source, d) for r, d in zip(library.reactions, directions, strict=True)]
+    sources = (r.source for r in library.reactions)
+    keys = list(zip(sources, directions, own, strict=True))
     numbers = np.array([keys.index(key) for key in keys])
     return numbers[:, None] == numbers[None]
 
@@ -251,34 +260,6 @@ def _among(library: Library, reactions: Iterable[Reaction | str]) -> np.ndarray:
     return rows
 
 
-def _conserving(library: Library, laws: list[Mapping[str, float]]) -> np.ndarray:
-    """Reactions that obey all laws, bool [L]."""
-    obey = np.ones(len(library), bool)
-    for i, law in enumerate(laws):
-        _check_known(law, library, "species in conservation laws")
-        if not any(law.values()):
-            raise ValueError(f"expected a conservation law with some weight; got {dict(law)}")
-        weights = np.array([law.get(s, 0.0) for s in library.species], float)
-        size = np.abs(library.net) @ np.abs(weights)
-        now = obey & (np.abs(library.net @ weights) <= 1e-9 * size)
-        if not (now & library.net.any(axis=1)).any():
-            before = f" beside {', '.join(str(dict(x)) for x in laws[:i])}" if i else ""
-            raise ValueError(
-                f"expected conservation laws that some reaction of the library obeys; got "
-                f"{dict(law)}{before}, which together hold every species constant"
-            )
-        obey = now
-    return obey
-
-
-def _check_known(given: Iterable[str], library: Library, what: str) -> None:
-    unknown = sorted(set(given) - set(library.species))
-    if unknown:
-        raise ValueError(
-            f"expected {what} among {', '.join(library.species)}; got {', '.join(unknown)}"
-        )
-
-
 def _check_required(
     library: Library, allowed: np.ndarray, required: np.ndarray, parallel: np.ndarray, most: int
 ) -> None:
@@ -288,12 +269,9 @@ def _check_required(
             f"expected required reactions that are allowed; got {library.reactions[forbidden[0]]}, "
             "which a conservation law, the whitelist or the blacklist forbids"
         )
-    for r in np.flatnonzero(required):
-        others = [i for i in np.flatnonzero(required & parallel[r]) if i != r]
-        if others:
-            raise ValueError(
-                f"expected required reactions with different ODEs; got {library.reactions[r]} and "
-                f"{library.reactions[others[0]]}"
-            )
+    pairs = np.argwhere(np.triu(parallel & required & required[:, None], 1))
+    if len(pairs):
+        one, two = (library.reactions[r] for r in pairs[0])
+        raise ValueError(f"expected required reactions with different ODEs; got {one} and {two}")
     if required.sum() > most:
         raise ValueError(f"expected at most {most} required reactions; got {required.sum()}")

@@ -4,8 +4,8 @@ By mass action the ODE is Σ_y x^y v_y with v_y = Σ_{r : y_r = y} k_r (y'_r - y
 x^y are independent functions: data tell the net vector v_y of each source complex y and nothing
 else. Reactions of one source whose net vectors are conically dependent exchange their rates
 without a trace: 0 -> T and 0 -> 2T are one ODE, and so are {I -> 0, I -> I + V} and
-{I -> 2V, I -> I + V} where V is made fast enough. Sources of other rate laws are kept apart; those
-of one law with other constants K, n are other functions.
+{I -> 2V, I -> I + V} where V is made fast enough. Sources of other rate laws are kept apart; and a
+saturating law with other constants K, n is another function.
 
 Reference: Craciun & Pantea, J Math Chem 44 (2008) 244: identifiability of reaction networks.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from .cone import cone, contains, shortest
+from .cone import Cone, Vector, cone, contains, shortest
 from .library import Library, up_to_second_order
 from .network import ReactionNetwork
 from .reaction import Reaction, written
@@ -238,7 +238,8 @@ def _sources(library: Library) -> tuple[int, ...]:
 def _source_key(library: Library, rows: tuple[int, ...]) -> str:
     """Text of the cone of reactions of one source; empty if they change nothing."""
     species = sorted(library.species)
-    lines, rays = cone(tuple(tuple(_vector(library.reactions[r], species)) for r in rows))
+    vectors = tuple(tuple(_vector(library.reactions[r], species)) for r in rows)
+    lines, rays = cone(vectors) if _exchange(library, rows) else _apart(vectors)
     generators = [f"±({_signed(v, species)})" for v in lines]
     generators += [_signed(v, species) for v in rays]
     consumed, law = library.reactions[rows[0]].source
@@ -250,8 +251,9 @@ def _source_key(library: Library, rows: tuple[int, ...]) -> str:
 def _simplest(library: Library, rows: tuple[int, ...]) -> tuple[int, ...]:
     """Rows of one source, the fewest and simplest with the cone of those given."""
     vectors = [tuple(int(x) for x in v) for v in library.net]
-    wanted = cone(tuple(vectors[r] for r in rows))
-    given = [vectors[r] for r in rows]
+    given = tuple(vectors[r] for r in rows)
+    span = cone if _exchange(library, rows) else _apart
+    wanted = span(given)
     source = _sources(library)[rows[0]]
     pool = [r for r, y in enumerate(_sources(library)) if y == source and any(vectors[r])]
     if wanted.lines:
@@ -260,10 +262,21 @@ def _simplest(library: Library, rows: tuple[int, ...]) -> tuple[int, ...]:
         pool = [r for r in pool if shortest(vectors[r]) in wanted.rays]
     for size in range(len(rows) + 1):
         sets = itertools.combinations(pool, size)
-        same = [s for s in sets if cone(tuple(vectors[r] for r in s)) == wanted]
+        same = [s for s in sets if span(tuple(vectors[r] for r in s)) == wanted]
         if same:
             return min(same, key=partial(_preference, library))
     raise AssertionError("the rows given span their own cone")
+
+
+def _exchange(library: Library, rows: tuple[int, ...]) -> bool:
+    """Whether reactions of one source can take over each other's rates: by mass action. Those of
+    a saturating law have constants of their own, and so are different functions."""
+    return library.reactions[rows[0]].law == "mass action"
+
+
+def _apart(vectors: tuple[Vector, ...]) -> Cone:
+    """In place of a cone: each direction, as often as it comes."""
+    return Cone((), tuple(sorted(shortest(v) for v in vectors if any(v))))
 
 
 def _preference(library: Library, rows: tuple[int, ...]) -> tuple[int, list[str]]:
