@@ -26,6 +26,7 @@ from scipy.integrate import solve_ivp
 
 import flowme as fm
 from flowme import discovery
+from flowme.discovery.policy_arm import PolicyArm
 
 jax.config.update("jax_enable_x64", True)
 
@@ -103,6 +104,10 @@ ARMS = {
     "stepwise": discovery.Stepwise,
     "genetic": discovery.Genetic,
     "genetic local": discovery.GeneticLocal,
+    "policy": PolicyArm,
+    "with policy": lambda: discovery.Union(
+        (discovery.Stepwise(), discovery.GeneticLocal(), PolicyArm())
+    ),
 }
 
 

@@ -10,6 +10,7 @@ from scipy.optimize import nnls
 
 import flowme as fm
 from flowme.discovery import (
+    DifferentialEvolution,
     LevenbergMarquardt,
     Library,
     ReactionNetwork,
@@ -91,6 +92,15 @@ def test_rates_are_recovered_within_their_standard_errors(problem, true_rows, fi
     assert np.all(np.abs(error) < 4 * se) and np.all(se < 0.01)
     sd = np.sqrt(problem.variance(fitted.squares)) / problem.courses.values.std((0, 1))
     np.testing.assert_allclose(sd, 0.05, rtol=0.15)  # 160 measurements: 6 % each
+
+
+def test_evolution_finds_rates_from_where_the_gradient_does_not(problem, true_rows, fitted):
+    """From rates of a tenth, Levenberg and Marquardt end in another minimum."""
+    start = [0.1 * scaled(problem, true_rows)]
+    stuck = LevenbergMarquardt()(problem, [true_rows], start)[0]
+    free = DifferentialEvolution()(problem, [true_rows], start)[0]
+    assert stuck.deviance > fitted.deviance + 100
+    assert free.deviance == pytest.approx(fitted.deviance, abs=0.1)
 
 
 def test_batch_and_order_change_nothing(problem, true_rows, fitted):

@@ -15,6 +15,7 @@ from .equivalence import class_key as class_key
 from .equivalence import recovers as recovers
 from .equivalence import same_ode as same_ode
 from .equivalence import sparsest as sparsest
+from .evolution import DifferentialEvolution as DifferentialEvolution
 from .fit import LevenbergMarquardt as LevenbergMarquardt
 from .library import Library as Library
 from .library import up_to_second_order as up_to_second_order

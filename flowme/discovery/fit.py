@@ -221,29 +221,27 @@ def solve(
     gradient: np.ndarray, hessian: np.ndarray, damping: np.ndarray, R: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """δ of the log rates [B, R] and of the initial states [B, C, S]."""
-    H = _damped(hessian, damping)
-    across = H[:, :, :R, R:]  # [B, C, R, O]
-    back = np.linalg.solve(H[:, :, R:, R:], np.swapaxes(across, -1, -2))  # [B, C, O, R]
-    own = np.linalg.solve(H[:, :, R:, R:], gradient[:, :, R:, None])  # [B, C, O, 1]
-    left = (H[:, :, :R, :R] - across @ back).sum(1)
-    right = (gradient[:, :, :R, None] - across @ own).sum(1)
+    across, own = hessian[:, :, :R, R:], _damped(hessian[:, :, R:, R:], damping)
+    back = np.linalg.solve(own, np.swapaxes(across, -1, -2))  # [B, C, O, R]
+    alone = np.linalg.solve(own, gradient[:, :, R:, None])  # [B, C, O, 1]
+    shared = _damped(hessian[:, :, :R, :R].sum(1), damping)
+    left = shared - (across @ back).sum(1)
+    right = (gradient[:, :, :R, None] - across @ alone).sum(1)
     rates = np.linalg.solve(left, right)
-    states = own - back @ rates[:, None]
+    states = alone - back @ rates[:, None]
     return rates[..., 0], states[..., 0]
 
 
 def eliminated(hessian: np.ndarray, R: int) -> np.ndarray:
     """The Hessian by the log rates alone, initial states eliminated, [B, R, R]."""
-    H = _damped(hessian, np.zeros(len(hessian)))
-    across = H[:, :, :R, R:]
-    return (
-        H[:, :, :R, :R] - across @ np.linalg.solve(H[:, :, R:, R:], np.swapaxes(across, -1, -2))
-    ).sum(1)
+    across, own = hessian[:, :, :R, R:], _damped(hessian[:, :, R:, R:], np.zeros(len(hessian)))
+    explained = across @ np.linalg.solve(own, np.swapaxes(across, -1, -2))
+    return (hessian[:, :, :R, :R] - explained).sum(1)
 
 
-def _damped(hessian: np.ndarray, damping: np.ndarray) -> np.ndarray:
-    """H + λ diag H; what nothing depends on (an empty slot) does not move."""
-    diagonal = np.einsum("bcii->bci", hessian)
-    more = damping[:, None, None] * diagonal + 1e-6
+def _damped(H: np.ndarray, damping: np.ndarray) -> np.ndarray:
+    """H + λ diag H, [B, ..., n, n]; what nothing depends on (an empty slot) does not move."""
+    diagonal = np.einsum("...ii->...i", H)
+    more = damping.reshape(-1, *[1] * (diagonal.ndim - 1)) * diagonal + 1e-6
     more = np.where(diagonal > 0, more, 1.0)
-    return hessian + more[..., None] * np.eye(hessian.shape[-1])
+    return H + more[..., None] * np.eye(H.shape[-1])
