@@ -18,6 +18,13 @@ SIR = (
     np.array([[7.2, 0.98, 0], [4, 0.3, 0], [3, 2, 1], [6, 0.1, 0]]),
     12.0,
 )
+MICHAELIS_MENTEN = (
+    ReactionNetwork(
+        {"S + E -> C": 2.0, "C -> S + E": 0.3, "C -> E + P": 0.7}, species=("S", "E", "C", "P")
+    ),
+    np.array([[2, 1, 0, 0], [1, 0.5, 0, 0], [0.5, 1.5, 0, 0], [3, 0.3, 0, 0.5]]),
+    8.0,
+)
 
 
 def observed(case, noise=0.05, seed=0, points=40):
