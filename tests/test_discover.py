@@ -160,7 +160,7 @@ def test_hidden_complex_is_found_with_its_conservation_laws():
         study, {"S": "S", "E": "E", "C": None, "P": "P"},
         initial={"S": "S0", "E": "E0", "C": 0.0, "P": "P0"},
         conserved=[{"E": 1, "C": 1}, {"S": 1, "C": 1, "P": 1}],
-        evaluations=32, leaders=1, progress=False,
+        evaluations=64, leaders=1, progress=False,
     )  # fmt: skip
     assert result.memory.problem.courses.hidden == ("C",)
     assert result.best == MICHAELIS_MENTEN[0]

@@ -54,6 +54,9 @@ def discover(
     fitted as ODEs, and the best fits make the next screens. It ends with the budget, or when
     nothing better has been found for a while. Ctrl-C ends it too, with the result so far.
 
+    A hidden species is fitted with the others, but the search for it is a search for several
+    reactions at once: say what is conserved, {"E": 1, "C": 1}, or the library that it may have.
+
     Args:
         study: each subject is one condition: an initial state of the same reactions.
         species: the outcome that measures each species, {"A": "conc_A"}; None for a hidden
