@@ -193,7 +193,8 @@ def evaluate(
     variance: np.ndarray,
     use: np.ndarray,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Sums of squares [B, S], gradient [B, C, Q + O] and Hessian [B, C, Q + O, Q + O]."""
+    """Sums of squares [B, S], infinite where anything is not finite, gradient [B, C, Q + O] and
+    Hessian [B, C, Q + O, Q + O]."""
     weight = use[:, :, None] / np.sqrt(variance)[:, None, :]  # [B, C, S]
     result = normal(
         problem.gather(rows),
@@ -204,10 +205,13 @@ def evaluate(
         problem.substeps,
     )
     squares, gradient, hessian = Normal(*(np.asarray(a, float) for a in result))
-    squares = np.einsum("scb,bc->bs", squares, use)
-    finite = np.isfinite(squares).all(1)
+    with np.errstate(invalid="ignore"):  # an infinity in a condition not in use
+        squares = np.einsum("scb,bc->bs", squares, use)
     gradient, hessian = gradient.transpose(2, 1, 0), hessian.transpose(3, 2, 0, 1)
-    return squares, _where(finite, (gradient, hessian), (0.0, 0.0))
+    # Sensitivities may overflow, in single precision, where the trajectories do not.
+    finite = np.isfinite(squares).all(1) & np.isfinite(hessian).all((1, 2, 3))
+    finite &= np.isfinite(gradient).all((1, 2))
+    return _where(finite, (squares, (gradient, hessian)), (np.inf, (0.0, 0.0)))
 
 
 def _where(condition: np.ndarray, new: Any, old: Any) -> Any:
