@@ -19,6 +19,7 @@ __all__ = [
     "SenescencePopulation",
     "Simulated",
     "gaussian_population",
+    "hare_lynx",
     "indomethacin",
     "isoniazid",
     "orange",
@@ -54,6 +55,27 @@ def theophylline(baseline: bool = False) -> Study:
         outcome={"conc": "DV"},
         covariates="WT",
         units={"time": "h", "conc": "mg/L", "amount": "mg", "WT": "kg"},
+    )
+
+
+def hare_lynx() -> Study:
+    """Pelts of snowshoe hares and Canada lynxes bought by the Hudson's Bay Company, 1900 to 1920.
+
+    One subject, 21 years; outcomes "hare" and "lynx" (thousands of pelts a year), time in years.
+
+    Returns:
+        The study.
+
+    Reference:
+        Hewitt (1921), The Conservation of the Wild Life of Canada. New York: Scribner.
+    """
+    frame = _read("hare_lynx").rename(columns={"Hare": "hare", "Lynx": "lynx"})
+    return Study.from_frame(
+        frame.assign(place="Hudson Bay"),
+        "place",
+        "Year",
+        ["hare", "lynx"],
+        units={"time": "year", "hare": "thousand", "lynx": "thousand"},
     )
 
 

@@ -62,6 +62,14 @@ def test_theophylline_baseline_adds_the_measurements_at_time_zero():
     np.testing.assert_array_equal(rows[~at_zero].to_numpy(), kept.to_numpy())
 
 
+def test_hare_lynx():
+    study = datasets.hare_lynx()
+    assert study.subjects.size == 1 and study.outcomes == ("hare", "lynx")
+    assert (study.time[0, 0], study.time[0, -1], study.time.size) == (1900, 1920, 21)
+    assert study.values["hare"].sum() == pytest.approx(715.7)
+    assert study.values["lynx"].max() == 59.4 and study.units["hare"] == "thousand"
+
+
 @population
 def test_same_seed_same_study_another_seed_another(simulate):
     one, again, other = simulate(3), simulate(3), simulate(4)

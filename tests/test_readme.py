@@ -25,11 +25,17 @@ def test_code_of_the_readme(monkeypatch, tmp_path, capsys):
     nuts = functools.partial(fm.nuts, num_warmup=60, num_samples=40, num_chains=2, progress=False)
     monkeypatch.setattr(fm, "nuts", nuts)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     scope: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), scope)
     assert scope["fit"].converged
-    assert {p.name for p in tmp_path.glob("*.png")} == {"fits.png", "vpc.png", "law.png"}
+    assert {str(r) for r in scope["result"].best.reactions} == {"H -> 2H", "H + L -> 2L", "L -> 0"}
+    assert {p.name for p in tmp_path.glob("*.png")} == {
+        "fits.png",
+        "vpc.png",
+        "law.png",
+        "hare_lynx.png",
+    }
     assert "elpd" in capsys.readouterr().out
     plt.close("all")

@@ -1,0 +1,210 @@
+"""`discover`: known networks found again, nothing of the truth let in, nothing lost."""
+
+import inspect
+import time
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from networks import LOTKA_VOLTERRA, MICHAELIS_MENTEN, SIR, observed
+
+import flowme as fm
+from flowme import discovery
+from flowme.discovery import data, discover, memory, problem, search
+
+
+def found(case, **options):
+    study = observed(case)
+    species = list(case[0].species)
+    initial = {s: f"{s}0" for s in species}
+    return discover(study, species, initial=initial, progress=False, **options), study
+
+
+@pytest.fixture(scope="module")
+def lotka_volterra():
+    begun = time.process_time()
+    result, study = found(LOTKA_VOLTERRA, evaluations=200, patience=4)
+    return result, study, time.process_time() - begun
+
+
+def test_lotka_volterra_is_found(lotka_volterra):
+    result, _, seconds = lotka_volterra
+    assert result.best == LOTKA_VOLTERRA[0] and seconds < 20
+    truth = {str(r): k for r, k in zip(LOTKA_VOLTERRA[0].reactions, (1.0, 0.5, 0.8), strict=True)}
+    for reaction, row in result.rates.loc[1].iterrows():
+        assert abs(row["rate"] - truth[reaction]) < 4 * row["se"] < 0.05 * truth[reaction]
+    assert (result.inclusion.iloc[:3] > 0.9).all()
+    assert set(result.inclusion.index[:3]) == set(truth)
+
+
+def test_sir_is_found():
+    begun = time.process_time()
+    result, _ = found(SIR, evaluations=64, leaders=2)
+    assert result.best == SIR[0] and time.process_time() - begun < 20
+
+
+def test_leaderboard_says_what_each_part_is(lotka_volterra):
+    result, _, _ = lotka_volterra
+    board = result.leaderboard
+    np.testing.assert_allclose(board["reward"], board["prediction"] + board["complexity"])
+    n = sum(result.memory.problem.courses.count)
+    np.testing.assert_allclose(board["BIC"], -2 * n * board["prediction"])
+    assert board["reward"].is_monotonic_decreasing and board["dBIC"].iloc[0] == 0
+    assert board["class"].is_unique and board["network"].is_unique
+    assert 0.99 < board["probability"].sum() <= 1 + 1e-9
+    assert "Probability that a reaction is there" in str(result)
+
+
+def test_best_goes_into_solve(lotka_volterra):
+    result, study, _ = lotka_volterra
+    x = fm.solve(result.best, (), study, initial=result.initial[0])
+    error = (x[..., 0] - study.values["A"]) / study.values["A"].std()
+    assert 0.04 < np.sqrt(np.mean(error**2)) < 0.06
+
+
+def test_plot_and_tables(lotka_volterra):
+    result, _, _ = lotka_volterra
+    figure = result.plot(networks=2)
+    assert [ax.get_xlabel() for ax in figure.axes[-4:]] == ["time (h)"] * 4
+    assert figure.axes[0].get_ylabel() == "A (mM)"
+    assert len(figure.axes[0].get_lines()) == 3  # two networks and the data
+    plt.close(figure)
+    draws = result.to_arviz(draws=400)
+    included = draws.posterior["included"].mean(("chain", "draw")).to_series()
+    assert (included[result.best.reactions[0].__str__()]) > 0.9
+    rate = draws.posterior["rate"].sel(reaction="A -> 2A").where(lambda k: k > 0)
+    assert abs(float(rate.mean()) - 1.0) < 0.02
+    assert draws.observed_data["B"].shape == (4, 40)
+
+
+def test_judge_sets_a_hypothesis_beside_the_best(lotka_volterra):
+    result, _, _ = lotka_volterra
+    same = result.judge(LOTKA_VOLTERRA[0])
+    assert abs(same["dBIC"]) < 0.1 and abs(same["nats"]) < 0.1
+    poor = result.judge(discovery.ReactionNetwork({"A -> 2A": 1.0, "B -> 0": 0.8}))
+    assert poor["dBIC"] > 100 and poor["nats"] > 50
+
+
+def test_same_seed_same_search_and_an_interrupted_one_goes_on(tmp_path, monkeypatch):
+    """Stopped by Ctrl-C in its second round and taken up again, it ends as if it had not been."""
+    whole, _ = found(LOTKA_VOLTERRA, evaluations=64, leaders=1, seed=7)
+    real, calls = search.advance, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(search, "advance", interrupted)
+    options = {"evaluations": 64, "leaders": 1, "seed": 7, "checkpoint": tmp_path / "search"}
+    part, _ = found(LOTKA_VOLTERRA, **options)
+    assert part.course.why == "interrupted" and part.course.evaluations == 32
+    rest, _ = found(LOTKA_VOLTERRA, **options)
+    assert rest.course.evaluations == 64 and len(calls) == 3
+    assert list(rest.memory.scored) == list(whole.memory.scored)
+    np.testing.assert_array_equal(rest.leaderboard["BIC"], whole.leaderboard["BIC"])
+    with pytest.raises(ValueError, match="a search with the same seed"):
+        found(LOTKA_VOLTERRA, **{**options, "seed": 8})
+
+
+def leaks(case):
+    """Whether the truth is among the structures fitted to data that know nothing of it: all its
+    rates are near 0. A search that sees the data alone comes to it by chance at most (64 of some
+    4000 structures); one whose cache, prior or arm was given the truth has it all the same."""
+    network, starts, end = case
+    still = network.replace(**{name: 1e-9 for name in network.names})
+    result, _ = found((still, starts, end), evaluations=64, leaders=1, seed=1)
+    library = result.memory.problem.library
+    truth = tuple(sorted(library.index(r) for r in network.reactions))
+    return result.memory.key(truth) in result.memory.scored
+
+
+def test_truth_does_not_leak_and_a_planted_one_is_caught(monkeypatch):
+    assert not leaks(LOTKA_VOLTERRA)
+    honest = memory.Memory.__init__
+
+    def planted(self, problem, *args):
+        honest(self, problem, *args)
+        rows = [problem.library.index(r) for r in LOTKA_VOLTERRA[0].reactions]
+        self.add(discovery.LevenbergMarquardt()(problem, [self.key(sorted(rows))], [np.ones(3)]))
+
+    monkeypatch.setattr(memory.Memory, "__init__", planted)
+    assert leaks(LOTKA_VOLTERRA)
+
+
+def test_no_door_for_the_truth():
+    """What a search is given has no place for it."""
+    names = set(inspect.signature(discover).parameters) | set(
+        inspect.signature(memory.Memory.__init__).parameters
+    )
+    assert not {n for n in names if "truth" in n or "true" in n or "target" in n}
+
+
+def test_hare_and_lynx_are_lotka_and_volterra():
+    begun = time.process_time()
+    study = fm.datasets.hare_lynx()
+    result = discover(study, {"H": "hare", "L": "lynx"}, evaluations=200, progress=False, leaders=3)
+    assert {str(r) for r in result.best.reactions} == {"H -> 2H", "H + L -> 2L", "L -> 0"}
+    assert (result.inclusion[["H -> 2H", "H + L -> 2L", "L -> 0"]] > 0.9).all()
+    assert time.process_time() - begun < 60
+    rates = dict(zip(map(str, result.best.reactions), result.best.rates, strict=True))
+    assert rates["H -> 2H"] == pytest.approx(0.51, abs=0.05)  # per year
+
+
+def test_hidden_complex_is_found_with_its_conservation_laws():
+    """Michaelis and Menten's complex C, that nothing measures."""
+    study = observed(MICHAELIS_MENTEN, noise=0.02)
+    result = discover(
+        study, {"S": "S", "E": "E", "C": None, "P": "P"},
+        initial={"S": "S0", "E": "E0", "C": 0.0, "P": "P0"},
+        conserved=[{"E": 1, "C": 1}, {"S": 1, "C": 1, "P": 1}],
+        evaluations=64, leaders=1, progress=False,
+    )  # fmt: skip
+    assert result.memory.problem.courses.hidden == ("C",)
+    assert result.best == MICHAELIS_MENTEN[0]
+    rates = dict(zip(map(str, result.best.reactions), result.best.rates, strict=True))
+    assert rates["C -> E + P"] == pytest.approx(0.7, rel=0.05)
+
+
+def test_steps_are_halved_until_it_does_not_matter():
+    """Records far apart, without noise: one step between them is too long."""
+    study = observed(LOTKA_VOLTERRA, noise=0.0, points=9)
+    courses = data.time_courses(study, ["A", "B"], {"A": "A0", "B": "B0"})
+    coarse = problem.Problem.of(courses, discovery.up_to_second_order(["A", "B"])).with_substeps(1)
+    known = memory.Memory(coarse, np.zeros(30), discovery.Weights())
+    rows = tuple(sorted(coarse.library.index(r) for r in LOTKA_VOLTERRA[0].reactions))
+    fit = discovery.LevenbergMarquardt()
+    known.add(fit(coarse, [rows], [np.array([10.0, 8.0, 20.0])]))
+    for _ in range(8):
+        known.precise = None
+        search.refine(known, fit)
+    assert 4 <= known.problem.substeps <= 32
+    rates = np.exp(known.best()[0].fit.log_rates) * courses.rate_unit(coarse.library)[list(rows)]
+    np.testing.assert_allclose(np.sort(rates), [0.5, 0.8, 1.0], rtol=1e-3)
+
+
+def test_single_precision_finds_it_too():
+    """What users run who have not asked for float64."""
+    jax.config.update("jax_enable_x64", False)
+    try:
+        result, _ = found(LOTKA_VOLTERRA, evaluations=64, leaders=1)
+    finally:
+        jax.config.update("jax_enable_x64", True)
+    assert result.best == LOTKA_VOLTERRA[0]
+
+
+BAD = {
+    "budget": ({"seconds": 0}, "budget above 0"),
+    "library": ({"library": discovery.up_to_second_order(["A", "Q"])}, "library between the"),
+    "laws": ({"conserved": [{"A": 1}, {"B": 1}]}, "hold every species constant"),
+    "order": ({"library": discovery.Library(["A", "B"], ["3A -> B"])}, "at most two molecules"),
+}
+
+
+@pytest.mark.parametrize("case", BAD.values(), ids=BAD)
+def test_bad_input(case):
+    options, words = case
+    with pytest.raises(ValueError, match=words):
+        found(LOTKA_VOLTERRA, **options)
