@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pandas as pd
+from biases import biases
 
 import flowme as fm
 
@@ -77,15 +78,10 @@ def main(count):
         share.append(table.CENS.mean())
         for name, reading in READINGS.items():
             found[name].append(estimates(reading(table)))
-    truth, rows = np.array(list(TRUTH.values())), []
+    rows = []
     for name, values in found.items():
         *columns, converged = np.array(values).T
-        error = 100 * (np.array(columns).T / truth - 1)
-        bias, own = error.mean(0), error.std(0, ddof=1) / np.sqrt(count)
-        row = {"reading": name}
-        for parameter, b, e in zip(TRUTH, bias, own, strict=True):
-            flag = "" if abs(b) < 3 * e + 2 else " *"
-            row[f"{parameter}, %"] = f"{b:+.1f} ± {e:.1f}{flag}"
+        row = {"reading": name} | biases(TRUTH, np.array(columns).T)
         rows.append(row | {"converged": f"{int(converged.sum())} of {count}"})
     print(f"{count} data sets, {100 * np.mean(share):.0f} % of the records censored, "
           f"{time.process_time() - begun:.0f} CPU s; * is biased")  # fmt: skip

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pandas as pd
+from biases import biases
 from tqdm import tqdm
 
 import flowme as fm
@@ -81,15 +82,10 @@ def main(count):
         study = fm.Study.from_frame(draw(seed), outcome={"conc": "DV"}, time_varying="since")
         for name in MODELS:
             found[name].append(estimates(name, study))
-    truth, rows = np.array(list(TRUTH.values())), []
+    rows = []
     for name, values in found.items():
         *columns, minus_two_ll, converged = np.array(values).T
-        error = 100 * (np.array(columns).T / truth - 1)
-        bias, own = error.mean(0), error.std(0, ddof=1) / np.sqrt(count)
-        row = {"model": name}
-        for parameter, b, e in zip(TRUTH, bias, own, strict=True):
-            flag = "" if abs(b) < 3 * e + 2 else " *"
-            row[f"{parameter}, %"] = f"{b:+.1f} ± {e:.1f}{flag}" if np.isfinite(b) else ""
+        row = {"model": name} | biases(TRUTH, np.array(columns).T)
         row["-2LL"] = f"{minus_two_ll.mean():.1f}"
         rows.append(row | {"converged": f"{int(converged.sum())} of {count}"})
     print(f"{count} data sets, {time.process_time() - begun:.0f} CPU s; * is biased")
