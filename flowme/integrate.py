@@ -48,9 +48,10 @@ def system_of(
         dt = event["dt"]
         dy = field(fixed, event["time"] + tau * dt, y, theta) + event["inflow"]
         # A field that is not finite does not matter in an empty interval; the length of an empty
-        # interval may still have a derivative.
-        held = jax.lax.stop_gradient(jnp.where(jnp.isfinite(dy), dy, 0))
-        return jnp.where(dt > 0, dt * dy, dt * held if "dt" in moving else 0)
+        # interval may still have derivatives.
+        if "dt" in moving:
+            return dt * jnp.where((dt > 0) | jnp.isfinite(dy), dy, 0)
+        return jnp.where(dt > 0, dt * dy, 0)
 
     def update(fixed: Any, moving: Any, y: Array, theta: Theta) -> Array:
         return event_step(fixed | moving, y, start(theta))

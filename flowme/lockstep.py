@@ -46,7 +46,7 @@ def _of_rows(run: Callable, rowed: Sequence[bool]) -> Callable:
     @custom_vmap
     def many(*leaves: Array) -> Array:
         if not any(rowed):
-            return run([None] * len(leaves), [x[..., None] for x in leaves])[..., 0]
+            return run([-1] * len(leaves), [x[..., None] for x in leaves])[..., 0]
         rows = next(len(x) for x, row in zip(leaves, rowed, strict=True) if row)
         size = min(rows, _CHUNK)
         chunks = -(-rows // size)
@@ -91,20 +91,21 @@ def _of_rows(run: Callable, rowed: Sequence[bool]) -> Callable:
 
 def _integrate(system, structure, axes: list, leaves: list[Array], max_steps: int) -> Array:
     """`lockstep` of rows, the last axis of those leaves whose entry in `axes` is -1."""
-    if all(axis is None for axis in axes):
-        axes = [-1] * len(axes)
     theta, fixed, data, (rtol, atol) = jax.tree.unflatten(structure, leaves)
     of_theta, of_fixed, of_data, of_tolerance = jax.tree.unflatten(structure, axes)
     if -1 in jax.tree.leaves(of_tolerance, is_leaf=lambda x: x is None):
         rtol, atol = (jnp.min(x) for x in (rtol, atol))
 
+    size = next(x.shape[-1] for x, axis in zip(leaves, axes, strict=True) if axis == -1)
+
     def rows(function: Callable, *which: Any) -> Callable:
-        return jax.vmap(function, in_axes=which, out_axes=-1)
+        return jax.vmap(function, in_axes=which, out_axes=-1, axis_size=size)
 
     start = rows(system.start, of_theta)(theta)
     moving = rows(system.moving, of_theta, of_data)(theta, data)
     update = rows(system.update, of_fixed, -1, -1, of_theta)
     slope = _taken_apart(system.field, (of_fixed, -1, -1, -1, of_theta), start.shape[:-1])
+    movable = "dt" in _innermost(moving)
 
     def interval(carry: tuple, row: tuple) -> tuple[tuple, Array]:
         y, alive, length = carry
@@ -134,8 +135,9 @@ def _integrate(system, structure, axes: list, leaves: list[Array], max_steps: in
             h = jnp.where(on, wanted, h)
             return tau, h, jnp.where(keep, new, y), jnp.where(keep, k_new, k), steps + 1
 
-        # An empty interval (two rows at one time, padding, or after a failure) takes no step.
-        tau = jnp.where(alive & (dt > 0), 0.0, 1.0).astype(y.dtype)
+        # An empty interval (two rows at one time, padding, or after a failure) takes no step, but
+        # where its length has a derivative: that of the state is then this times the slope.
+        tau = jnp.where(alive & ((dt > 0) | movable), 0.0, 1.0).astype(y.dtype)
         first = jnp.where(length > 0, jnp.minimum(length / jnp.where(dt > 0, dt, 1), 1), 1)
         begin = (tau, first.astype(y.dtype), y, field(jnp.zeros_like(tau), y), 0)
         tau, h, y_end, *_ = jax.lax.while_loop(unfinished, step, begin)
@@ -151,6 +153,11 @@ def _integrate(system, structure, axes: list, leaves: list[Array], max_steps: in
     begin = (jnp.where(alive, first, 0), alive, jnp.zeros(alive.shape, first.dtype))
     _, rest = jax.lax.scan(interval, begin, pairs)
     return jnp.concatenate([jnp.where(alive, first, jnp.nan)[None], rest])
+
+
+def _innermost(moving: Any) -> Any:
+    """The events that depend on parameters, without those of the sensitivities."""
+    return _innermost(moving[0]) if isinstance(moving, tuple) else moving
 
 
 def _step(field: Callable, tau: Array, dtau: Array, y: Array, k: Array) -> tuple:

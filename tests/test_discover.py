@@ -6,6 +6,7 @@ import time
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from networks import LOTKA_VOLTERRA, MICHAELIS_MENTEN, SIR, observed
 
@@ -208,3 +209,39 @@ def test_bad_input(case):
     options, words = case
     with pytest.raises(ValueError, match=words):
         found(LOTKA_VOLTERRA, **options)
+
+
+def test_censored_measurements_are_refused():
+    """They would pass for values at the limit, and a plateau for an inflow."""
+    frame = pd.DataFrame(
+        {"ID": 1, "TIME": range(4), "A": [3.0, 1.0, 0.3, 0.3], "CENS": [0, 0, 1, 1]}
+    )
+    study = fm.Study.from_frame(frame, outcome="A", censored="CENS")
+    with pytest.raises(ValueError, match="expected exact measurements; got censored ones of A"):
+        discover(study, ["A"], evaluations=1, progress=False)
+
+
+def test_a_checkpoint_is_of_one_question(tmp_path):
+    """The same measurements with other known states are another search."""
+    study = observed(LOTKA_VOLTERRA)
+    options = dict(evaluations=4, leaders=1, progress=False, checkpoint=tmp_path)
+    discover(study, ["A", "B"], initial={"A": "A0", "B": "B0"}, **options)
+    with pytest.raises(ValueError, match="same data and known states"):
+        discover(study, ["A", "B"], **options)
+
+
+def test_a_hypothesis_is_of_the_size_searched(lotka_volterra):
+    result, _, _ = lotka_volterra
+    library = discovery.up_to_second_order(["A", "B"])
+    large = discovery.ReactionNetwork({str(r): 1.0 for r in library.reactions[:9]})
+    with pytest.raises(ValueError, match="at most 8 reactions"):
+        result.judge(large)
+
+
+def test_a_search_ends_when_there_is_nothing_left():
+    study = observed(LOTKA_VOLTERRA)
+    few = discovery.Library(["A", "B"], ["A -> 2A", "B -> 0"])
+    result = discover(
+        study, ["A", "B"], library=few, patience=None, evaluations=50, leaders=1, progress=False
+    )
+    assert "nothing new to fit" in str(result)

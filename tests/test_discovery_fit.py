@@ -20,7 +20,7 @@ from flowme.discovery import (
 )
 from flowme.discovery.arms import as_rows, mask, neighbours
 from flowme.discovery.data import time_courses
-from flowme.discovery.fit import evaluate
+from flowme.discovery.fit import covariance, evaluate, informed
 from flowme.discovery.memory import Memory
 from flowme.discovery.problem import Problem
 from flowme.discovery.reward import FLOOR, log_prior
@@ -237,3 +237,17 @@ def test_scales_that_differ_by_1e9_are_the_same_problem(problem):
     frame = pd.concat([between.to_frame(), table(ID=[2, 2, 2]).to_frame()])
     with pytest.raises(ValueError, match="within a factor of 1e\\+06 between subjects"):
         time_courses(fm.Study.from_frame(frame, outcome=["A", "B"]), ["A", "B"])
+
+
+def test_errors_do_not_depend_on_where_the_fit_began(problem, fitted, true_rows):
+    """A refit from the optimum accepts no step, and weighs with the variance it began with."""
+    start, initial = [np.exp(fitted.log_rates)], [fitted.initial]
+    again = LevenbergMarquardt()(problem, [true_rows], start, initial=initial)[0]
+    one, other = informed(problem, [fitted, again])
+    np.testing.assert_allclose(one.information, other.information, rtol=1e-2)
+
+
+def test_what_the_data_do_not_determine_has_no_error():
+    np.testing.assert_allclose(covariance(np.diag([1e4, 4.0])), np.diag([1e-4, 0.25]))
+    found = covariance(np.array([[1e4, 0.0, 0.0], [0.0, 1.0, -1.0], [0.0, -1.0, 1.0]]))
+    np.testing.assert_allclose(np.diag(found), [1e-4, np.inf, np.inf])

@@ -4,7 +4,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,8 +84,7 @@ def saturable(t, amount, psi):
 
 
 def by_ode(psi, study):
-    # diffrax's own Tsit5 has the same numbers and compiles sooner.
-    return solve(saturable, psi, study, solver=diffrax.Tsit5(), **dosing(psi))[..., 1]
+    return solve(saturable, psi, study, **dosing(psi))[..., 1]
 
 
 def by_exponential(psi, study):

@@ -6,11 +6,13 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from dosing import Psi, by_parameter, dose, dosed_into, record, scaled, study_of
 
 from flowme.closed_forms import oral_one_compartment
 from flowme.structural import solve
+from flowme.study import Study
 
 
 def absorption(t, amount, psi):
@@ -331,6 +333,26 @@ def test_a_row_does_not_depend_on_how_many_there_are(study, psi):
     together = at(factors)
     for chosen in (slice(0, 1), slice(37, 40)):
         np.testing.assert_allclose(at(factors[chosen]), together[chosen], rtol=1e-12, atol=1e-12)
+
+
+def test_derivative_where_an_event_meets_a_record():
+    """An infusion of 2 h at rate R, F = 1: its end is at the record at 2 h, and moves with F.
+
+    From then on A = R (e^(kFD/R) - 1) e^(-kt) / k with dA/dF = D e^(kFD/R - kt).
+    """
+    rows = [(0.0, 100.0, 50.0, 1), *((t, 0.0, 0.0, 0) for t in (0.0, 1.0, 2.0, 3.0, 4.0))]
+    frame = pd.DataFrame(rows, columns=["TIME", "AMT", "RATE", "EVID"]).assign(ID=1)
+    study = Study.from_frame(frame.assign(DV=np.where(frame["EVID"] == 1, np.nan, 1.0)))
+
+    def at(F):
+        rate = {"k": jnp.full(1, 0.3)}
+        found = solve(lambda t, a, p: -p["k"] * a, rate, study, bioavailability=jnp.full(1, F))
+        return found[0, -2:, 0]
+
+    first, second = (f(1.0) for f in (jax.jacfwd(at), jax.jacfwd(jax.jacrev(at))))
+    later = np.exp(-0.3 * np.array([1.0, 2.0]))
+    np.testing.assert_allclose(first, 100 * later, rtol=1e-6)
+    np.testing.assert_allclose(second, 100 * 0.3 * 2 * later, rtol=1e-6)
 
 
 # Failures ----------------------------------------------------------------------------------------

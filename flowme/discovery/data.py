@@ -174,6 +174,12 @@ def _check_names(study: fm.Study, named: Mapping[str, str | None]) -> None:
         raise ValueError(f"expected at least one species to be measured; got none of {list(named)}")
     if len({o for o in named.values() if o}) < sum(o is not None for o in named.values()):
         raise ValueError(f"expected an outcome to measure one species; got {dict(named)}")
+    censored = [o for o in named.values() if o in study.censored and np.any(study.censored[o])]
+    if censored:
+        raise ValueError(
+            f"expected exact measurements; got censored ones of {', '.join(censored)}, which would "
+            "pass for values at the limit. Leave those rows out, or mark them as missing."
+        )
     if study.doses.amount.size:
         raise ValueError(
             "expected a study without doses: what is found is the reactions between species that "

@@ -185,6 +185,42 @@ class _Slots:
         )
 
 
+def informed(problem: Problem, estimates: Sequence[Estimate]) -> list[Estimate]:
+    """The estimates with the information at their own rates and variances: a fit that ends weighs
+    residuals with the variance of the step before."""
+    found: list[Estimate] = []
+    for first in range(0, len(estimates), problem.batch):
+        some = list(estimates[first : first + problem.batch])
+        filled = some + some[:1] * (problem.batch - len(some))
+        log_rates = np.zeros((len(filled), problem.slots))
+        for b, estimate in enumerate(filled):
+            log_rates[b, : len(estimate.rows)] = estimate.log_rates
+        squares = np.stack([e.squares for e in filled])
+        conditions = np.ones((len(filled), len(problem.courses.conditions)))
+        _, (_, hessian) = evaluate(
+            problem, problem.rows([e.rows for e in filled]), log_rates,
+            np.stack([e.initial for e in filled]), problem.variance(squares), conditions,
+        )  # fmt: skip
+        information = eliminated(hessian, problem.slots)
+        for estimate, whole in zip(some, information, strict=False):
+            n = len(estimate.rows)
+            found.append(estimate._replace(information=whole[:n, :n]))
+    return found
+
+
+def covariance(information: np.ndarray) -> np.ndarray:
+    """The inverse of an information matrix; infinite variances, and no covariances, of what is in a
+    direction that the data do not determine."""
+    size = np.sqrt(np.maximum(np.diag(information), np.finfo(float).tiny))
+    values, vectors = np.linalg.eigh(information / np.outer(size, size))
+    known = values > 1e-9
+    found = (vectors[:, known] / values[known]) @ vectors[:, known].T / np.outer(size, size)
+    lost = (vectors[:, ~known] ** 2).sum(1) > 1e-6
+    found[lost], found[:, lost] = 0.0, 0.0
+    found[lost, lost] = np.inf
+    return found
+
+
 def evaluate(
     problem: Problem,
     rows: np.ndarray,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .data import TimeCourses
 from .fit import Estimate
 from .memory import Memory
 from .problem import Problem
@@ -25,6 +27,7 @@ class Course(NamedTuple):
         evaluations: ODE fits.
         seconds: by the clock of the budget.
         stale: rounds since the best structure changed.
+        idle: rounds since there was a structure to fit.
         why: why it ended.
     """
 
@@ -32,12 +35,14 @@ class Course(NamedTuple):
     evaluations: int = 0
     seconds: float = 0.0
     stale: int = 0
+    idle: int = 0
     why: str = ""
 
     def after(self, evaluations: int, seconds: float, better: bool) -> Course:
         """One round later."""
         stale = 0 if better else self.stale + 1
-        return Course(self.rounds + 1, self.evaluations + evaluations, seconds, stale)
+        idle = 0 if evaluations else self.idle + 1
+        return Course(self.rounds + 1, self.evaluations + evaluations, seconds, stale, idle)
 
 
 class Journal:
@@ -59,7 +64,7 @@ class Journal:
         asked = {
             "seed": seed,
             "reactions": [str(r) for r in problem.library.reactions],
-            "data": float(np.abs(problem.courses.values * problem.courses.scale).sum()),
+            "data and known states": _digest(problem.courses),
             "slots": problem.slots,
         }
         if folder is None:
@@ -117,6 +122,15 @@ class Journal:
             os.fsync(file.fileno())
         os.replace(half, self.file)
         self._written, self._last = time.perf_counter(), None
+
+
+def _digest(courses: TimeCourses) -> str:
+    """What tells these measurements from others."""
+    arrays = (courses.time, courses.values, courses.observed, courses.initial, courses.known)
+    digest = hashlib.sha256()
+    for array in (*arrays, courses.scale, np.array(courses.duration)):
+        digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _stacked(fits: list[Estimate]) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from .data import TimeCourses
 from .equivalence import class_key, sparsest
-from .fit import Estimate, LevenbergMarquardt
+from .fit import Estimate, LevenbergMarquardt, covariance, informed
 from .journal import Course
 from .memory import Memory, Path, Scored
 from .network import ReactionNetwork
@@ -75,6 +75,11 @@ class Discovery:
         given = zip(hypothesis.reactions, hypothesis.rates, strict=True)
         rates = {problem.library.index(r): float(k) for r, k in given}
         rows = tuple(sorted(rates))
+        if len(rows) > problem.slots:
+            raise ValueError(
+                f"expected a network of at most {problem.slots} reactions, as most_reactions says; "
+                f"got {len(rows)}"
+            )
         starts = [np.array([rates[r] / unit[r] for r in rows])]
         scored = self.memory.score((fit or LevenbergMarquardt())(problem, [rows], starts)[0])
         first, bic = self.leaderboard.iloc[0], -2 * n * scored.prediction
@@ -84,7 +89,8 @@ class Discovery:
 
     def to_arviz(self, draws: int = 1000, seed: int = 0) -> Any:
         """Draws of structure and rates as an ArviZ object: a network by its probability, then its
-        log rates from the normal approximation; the rate of a reaction not in it is 0.
+        log rates from the normal approximation; the rate of a reaction not in it is 0, and NaN
+        where the data do not determine it.
 
         Groups: `posterior` with "included" and "rate" [chain, draw, reaction] and "network"
         [chain, draw]; `observed_data` with the species [subject, time], NaN where not measured.
@@ -105,7 +111,7 @@ class Discovery:
         sure = "\n".join(f"  {p:.2f}  {r}" for r, p in self.inclusion.items() if p >= 0.05)
         c = self.course
         return (
-            f"{c.evaluations} ODE fits in {c.rounds} rounds, {c.seconds:.0f} s: {c.why}.\n\n"
+            f"{c.evaluations} ODE fits, rounds: {c.rounds}, {c.seconds:.0f} s: {c.why}.\n\n"
             f"{table}\n\nProbability that a reaction is there:\n{sure}\n\n{self.best}"
         )
 
@@ -129,7 +135,7 @@ def conclude(memory: Memory, fit: Any, leaders: int, course: Course, seed: int) 
     rows = [_row(memory, first[i], probability[i], robust[i], total[i]) for i in order]
     board = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="rank"))
     board.insert(2, "dBIC", board["BIC"] - board["BIC"].iloc[0])
-    fits = [first[i].fit for i in order]
+    fits = informed(memory.problem, [first[i].fit for i in order])
     return Discovery(
         board,
         pd.concat({i + 1: _rates(memory, f) for i, f in enumerate(fits)}, names=["rank"]),
@@ -212,10 +218,9 @@ def _row(
 
 
 def _rates(memory: Memory, fit: Estimate) -> pd.DataFrame:
-    """Rates with their standard errors by the delta method."""
+    """Rates with their standard errors by the delta method; infinite where not determined."""
     found = network(memory, fit)
-    covariance = np.linalg.pinv(fit.information, hermitian=True)
-    log_se = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+    log_se = np.sqrt(np.diag(covariance(fit.information)))
     rates = np.array(found.rates, float)
     return pd.DataFrame(
         {"rate": rates, "se": rates * log_se, "log_se": log_se},
@@ -241,13 +246,16 @@ def _posterior(found: Discovery, rng: np.random.Generator, draws: int) -> xr.Dat
     rate = np.zeros((draws, len(names)))
     for rank in np.unique(which):
         table, here = found.rates.loc[rank], which == rank
-        z = rng.normal(size=(here.sum(), len(table)))
-        drawn = table["rate"].to_numpy() * np.exp(table["log_se"].to_numpy() * z)
+        spread = covariance(found.fits[rank - 1].information)
+        lost = np.isinf(np.diag(spread))  # not determined by the data
+        spread[lost, lost] = 0.0
+        z = rng.multivariate_normal(np.zeros(len(table)), spread, here.sum(), method="eigh")
+        drawn = np.where(lost, np.nan, table["rate"].to_numpy() * np.exp(z))
         rate[np.ix_(here, [names.index(r) for r in table.index])] = drawn
     axes = ("chain", "draw", "reaction")
     return xr.Dataset(
         {
-            "included": (axes, (rate > 0)[None]),
+            "included": (axes, (rate != 0)[None]),
             "rate": (axes, rate[None]),
             "network": (axes[:2], which[None]),
         },

@@ -18,6 +18,7 @@ _PRECISE = 0.5  # change of the best deviance with half the step, above which st
 _MOST_SUBSTEPS = 64
 _REFINED = 32  # best structures that are fitted again then
 _DEPTH = 4  # times the number to be chosen: how far down a ranking new structures are looked for
+_IDLE = 20  # rounds without a structure to fit, after which the library is exhausted
 _MODEST = 1e-2  # scaled rate at which a reaction starts that the screen gave none
 
 
@@ -40,6 +41,8 @@ class Budget(NamedTuple):
             return f"budget of {self.seconds:g} s spent"
         if self.evaluations is not None and course.evaluations >= self.evaluations:
             return f"budget of {self.evaluations} ODE fits spent"
+        if course.idle >= _IDLE:
+            return f"nothing new to fit in {course.idle} rounds"
         if self.patience is not None and course.stale >= self.patience:
             return f"nothing better in {course.stale} rounds"
         return ""

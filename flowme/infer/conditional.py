@@ -165,7 +165,8 @@ def _cholesky(matrix: jax.Array) -> jax.Array:
     def bounded(_):
         values, vectors = jnp.linalg.eigh(matrix)
         size = jnp.abs(values)
-        size = jnp.maximum(size, 1e-10 * jnp.max(size, -1, keepdims=True))
+        least = max(1e-10, 30 * float(jnp.finfo(matrix.dtype).eps))
+        size = jnp.maximum(size, least * jnp.max(size, -1, keepdims=True))
         bound = (vectors * size[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
         return jnp.where(failed, jnp.linalg.cholesky(bound), factor)
 
