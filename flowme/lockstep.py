@@ -92,10 +92,7 @@ def _of_rows(run: Callable, rowed: Sequence[bool]) -> Callable:
 def _integrate(system, structure, axes: list, leaves: list[Array], max_steps: int) -> Array:
     """`lockstep` of rows, the last axis of those leaves whose entry in `axes` is -1."""
     theta, fixed, data, (rtol, atol) = jax.tree.unflatten(structure, leaves)
-    of_theta, of_fixed, of_data, of_tolerance = jax.tree.unflatten(structure, axes)
-    if -1 in jax.tree.leaves(of_tolerance, is_leaf=lambda x: x is None):
-        rtol, atol = (jnp.min(x) for x in (rtol, atol))
-
+    of_theta, of_fixed, of_data, _ = jax.tree.unflatten(structure, axes)
     size = next(x.shape[-1] for x, axis in zip(leaves, axes, strict=True) if axis == -1)
 
     def rows(function: Callable, *which: Any) -> Callable:
@@ -120,20 +117,7 @@ def _integrate(system, structure, axes: list, leaves: list[Array], max_steps: in
             return jnp.any(tau < 1) & (steps < max_steps)
 
         def step(state: tuple) -> tuple:
-            tau, h, y, k, steps = state
-            cut = h >= 1 - tau
-            dtau = jnp.where(cut, 1 - tau, h)
-            new, error, k_new = _step(field, tau, dtau, y, k)
-            scale = atol + rtol * jnp.maximum(jnp.abs(_primal(y)), jnp.abs(_primal(new)))
-            square = jnp.mean((_primal(error) / scale) ** 2, axis=0)
-            square = jnp.where(jnp.isnan(square), jnp.inf, square)
-            good, on = square < 1, tau < 1
-            keep = good & on
-            factor = _factor(square, good)
-            wanted = jnp.where(good & cut, jnp.maximum(h, dtau * factor), dtau * factor)
-            tau = jnp.where(keep, jnp.where(cut, 1.0, tau + dtau), tau)
-            h = jnp.where(on, wanted, h)
-            return tau, h, jnp.where(keep, new, y), jnp.where(keep, k_new, k), steps + 1
+            return _attempt(field, rtol, atol, state)
 
         # An empty interval (two rows at one time, padding, or after a failure) takes no step, but
         # where its length has a derivative: that of the state is then this times the slope.
@@ -158,6 +142,25 @@ def _integrate(system, structure, axes: list, leaves: list[Array], max_steps: in
 def _innermost(moving: Any) -> Any:
     """The events that depend on parameters, without those of the sensitivities."""
     return _innermost(moving[0]) if isinstance(moving, tuple) else moving
+
+
+def _attempt(field: Callable, rtol: Array, atol: Array, state: tuple) -> tuple:
+    """A step of every row that is not at the end of its interval, kept where it is good enough:
+    place τ, next step h, state y, slope k there, and how many attempts so far."""
+    tau, h, y, k, attempts = state
+    last = h >= 1 - tau
+    dtau = jnp.where(last, 1 - tau, h)
+    new, error, k_new = _step(field, tau, dtau, y, k)
+    scale = atol + rtol * jnp.maximum(jnp.abs(_primal(y)), jnp.abs(_primal(new)))
+    square = jnp.mean((_primal(error) / scale) ** 2, axis=0)
+    square = jnp.where(jnp.isnan(square), jnp.inf, square)
+    good, on = square < 1, tau < 1
+    wanted = dtau * _factor(square, good)
+    wanted = jnp.where(good & last, jnp.maximum(h, wanted), wanted)
+    keep = good & on
+    tau = jnp.where(keep, jnp.where(last, 1.0, tau + dtau), tau)
+    y, k = jnp.where(keep, new, y), jnp.where(keep, k_new, k)
+    return tau, jnp.where(on, wanted, h), y, k, attempts + 1
 
 
 def _step(field: Callable, tau: Array, dtau: Array, y: Array, k: Array) -> tuple:

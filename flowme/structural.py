@@ -146,9 +146,11 @@ def solve(
             return run(system)([state, *theta[1:]], ((always, data), tolerance))[-1]
 
         def moving(theta: list[Array], data: Any) -> dict[str, Array]:
-            within = jnp.maximum(100 * tolerance[0], 1e-6)
-            find = fixed_point(after_interval, states, within)
-            return moving_events(dosing_of_theta(theta), data, theta[0], partial(find, theta))
+            def steady(dose: Any) -> Array:
+                within = jnp.maximum(100 * tolerance[0], 1e-6)
+                return fixed_point(after_interval, states, within)(theta, dose)
+
+            return moving_events(dosing_of_theta(theta), data, theta[0], steady)
 
         return run(system_of(field, moving))(theta, (timing, tolerance))
 

@@ -12,7 +12,7 @@ from networks import LOTKA_VOLTERRA, MICHAELIS_MENTEN, SIR, observed
 
 import flowme as fm
 from flowme import discovery
-from flowme.discovery import data, discover, memory, problem, search
+from flowme.discovery import data, discover, fit, memory, problem, search
 
 
 def found(case, **options):
@@ -209,6 +209,16 @@ def test_bad_input(case):
     options, words = case
     with pytest.raises(ValueError, match=words):
         found(LOTKA_VOLTERRA, **options)
+
+
+def test_errors_are_those_of_the_rates_reported(lotka_volterra):
+    """Whatever the fit of the search weighed its residuals with in its last step."""
+    result, _, _ = lotka_volterra
+    kept = result.memory.scored[result.fits[0].rows].fit
+    stale = kept._replace(information=100.0 * kept.information)
+    own = fit.informed(result.memory.problem, [stale])[0].information
+    expected = np.sqrt(np.diag(np.linalg.inv(own)))
+    np.testing.assert_allclose(result.rates.loc[1, "log_se"], expected, rtol=1e-6)
 
 
 def test_censored_measurements_are_refused():

@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 from scipy.special import logsumexp
 
 import flowme as fm
-from flowme.infer.conditional import find
+from flowme.infer.conditional import _cholesky, find
 from flowme.infer.joint import Joint
 from flowme.infer.marginal import estimate_marginal
 
@@ -66,3 +66,14 @@ def test_modes_on_ridges_are_found_and_the_integral_is_right():
     error = np.abs(marginal.log_likelihood - exact(study))
     assert np.all(error < 4.5 * marginal.standard_error + 1e-3)
     assert np.max(marginal.standard_error) < 0.02 and not marginal.messages
+
+
+def test_a_bound_in_single_precision_is_finite():
+    """Of matrices with an eigenvalue just below 0, as users without float64 meet them."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(500, 3, 3)))[0]
+    matrix = (basis * [1e4, 1.0, -1e-5]) @ np.swapaxes(basis, 1, 2)
+    factor = _cholesky(jnp.asarray(matrix, jnp.float32))
+    assert factor.dtype == jnp.float32 and bool(jnp.all(jnp.isfinite(factor)))
+    size = jnp.linalg.norm(factor @ jnp.swapaxes(factor, 1, 2) - matrix, axis=(1, 2))
+    assert size.max() < 1e-5 * 1e4

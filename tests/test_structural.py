@@ -335,6 +335,18 @@ def test_a_row_does_not_depend_on_how_many_there_are(study, psi):
         np.testing.assert_allclose(at(factors[chosen]), together[chosen], rtol=1e-12, atol=1e-12)
 
 
+def test_tolerances_may_be_mapped_over(study, psi):
+    """As in a study of how tight they must be: each is that of a solve of its own."""
+
+    def at(rtol):
+        return solve(absorption, psi, study, rtol=rtol, atol=1e-10)
+
+    rtol = jnp.array([1e-3, 1e-9])
+    together = jax.jit(jax.vmap(at))(rtol)
+    np.testing.assert_allclose(together[1], at(1e-9), rtol=1e-12, atol=1e-12)
+    assert 1e-9 < jnp.abs(together[0] - together[1]).max() / together[1].max() < 1e-2
+
+
 def test_derivative_where_an_event_meets_a_record():
     """An infusion of 2 h at rate R, F = 1: its end is at the record at 2 h, and moves with F.
 
