@@ -214,6 +214,10 @@ def individual(subjects: Subjects, *, name: str = "psi", **parameters: ArrayLike
                 f"[{subjects.size}] or [subject, time]; got shape {list(shape)}."
             )
         arrays[key] = jnp.broadcast_to(jnp.asarray(value, float), shape or (subjects.size,))
+    # A message without "name", as in `random_effect`; `flowme.infer.references` answers it.
+    given = dict(arrays)
+    message: dict[str, Any] = {"type": "individual", "value": None, "fn": lambda: given}
+    arrays = apply_stack({**message, "args": (), "kwargs": {}})["value"]
     times = {key: x.shape[1] for key, x in arrays.items() if x.ndim == 2}
     if len(set(times.values())) > 1:
         raise ValueError(

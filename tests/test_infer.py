@@ -168,7 +168,10 @@ def test_another_study_of_the_same_shape_compiles_nothing(line_fit):
     vem = fm.VariationalEM(line_model())
     first = line_study(12, seed=1)
     vem.run(jax.random.key(0), first, progress=False)
-    programs = (evaluate._evaluate, references._likelihoods, _inspect)
+    programs = (
+        evaluate._evaluate, evaluate._gaussian_law, references._likelihoods,
+        references._individuals, _inspect,
+    )  # fmt: skip
     counts = [program._cache_size() for program in programs]
     second = first.with_values(y=first.values["y"] + 1.0)
     fit = vem.run(jax.random.key(0), second, progress=False)
@@ -194,6 +197,26 @@ def test_references_are_found_where_they_are():
     found = find(joint, joint.unconstrain({}), {}, study)
     assert found.pairs == ((0, "V", 0),)
     assert found.sites == {"V"}
+
+
+@pytest.mark.parametrize("where", ["psi", "beside psi", "effect beside psi"])
+def test_references_are_of_what_enters_through_psi_alone(where):
+    """log V beside η_V in ψ is a reference; not if the error depends on V too, or on η_V."""
+
+    def model(study):
+        CL = fm.population("CL", dist.LogNormal(1.0, 0.5))
+        V = fm.population("V", dist.LogNormal(3.4, 0.5))
+        eta = fm.random_effect("eta", fm.GaussianRandomEffect(["CL", "V"]), study.subjects)
+        psi = fm.individual(study.subjects, ka=1.5, V=V * jnp.exp(eta.V), CL=CL * jnp.exp(eta.CL))
+        size = {
+            "psi": 0.7, "beside psi": 0.02 * V, "effect beside psi": 0.7 * jnp.exp(eta.V)[:, None]
+        }[where]  # fmt: skip
+        fm.observe("conc", fm.residual.constant(fm.oral_one_compartment(psi, study), size), study)
+
+    study = fm.datasets.theophylline()
+    joint = Joint.of(model, study)
+    found = find(joint, joint.unconstrain({}), {}, study)
+    assert set(found.pairs) == ({(0, "CL", 0), (1, "V", 0)} if where == "psi" else {(0, "CL", 0)})
 
 
 def test_map_differs_from_maximum_likelihood_as_the_prior_says():

@@ -198,13 +198,16 @@ class Joint:
         return [site["fn"] for site in sites]
 
     def _effect_sites(self, values, weights, eta, study) -> list[dict]:
-        """The sites of the random effects; the model is left once all of them are known."""
+        return list(self._first(self.roles.effects, values, weights, eta, study).values())
+
+    def _first(self, names, values, weights, eta, study) -> dict[str, dict]:
+        """These sites; the model is left once all of them are known."""
         data = {**values, **weights, **self.split(eta)}
         model = seed(substitute(self.model, data=data), jax.random.key(0))
-        seen = _Until(self.roles.effects)
+        seen = _Until(names)
         with contextlib.suppress(_Known), seen:
             model(study)
-        return [seen.sites[name] for name in self.roles.effects]
+        return {name: seen.sites[name] for name in names}
 
     def sample_effects(
         self, key: jax.Array, theta: jax.Array, weights: Weights, study: Study, count: int
@@ -239,8 +242,8 @@ class Joint:
     ) -> dict[str, jax.Array]:
         """Individual parameters by site, `[subject, parameter]`, or `[subject, time, parameter]`
         where they change in time."""
-        sites = self.sites(self.constrain(theta), weights, eta, study)
-        return {name: sites[name]["value"] for name in self.roles.individual}
+        sites = self._first(self.roles.individual, self.constrain(theta), weights, eta, study)
+        return {name: site["value"] for name, site in sites.items()}
 
 
 def draws_of(laws: list[Any], key: jax.Array, count: int) -> jax.Array:

@@ -10,7 +10,10 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.interpreters.partial_eval import dce_jaxpr
+from numpyro.primitives import Messenger
 
 from flowme.effects import RandomEffect
 from flowme.infer.joint import Joint, Weights
@@ -64,13 +67,53 @@ def _likelihoods(joint: Joint, thetas, weights: Weights, etas, study: Study):
     return jax.vmap(likelihood)(thetas, etas)
 
 
+@partial(jax.jit, static_argnums=0)
+def _individuals(joint: Joint, thetas, weights: Weights, etas, study: Study):
+    def parameters(theta, eta):
+        found = joint.individual(theta, weights, eta, study)
+        return jnp.concatenate([psi.reshape(len(psi), -1) for psi in found.values()], 1)
+
+    return jax.vmap(parameters)(thetas, etas)
+
+
+class _Cut(Messenger):
+    """Individual parameters that depend on nothing."""
+
+    def process_message(self, msg):
+        if msg["type"] == "individual":
+            msg["value"] = {name: jnp.ones(x.shape) for name, x in msg["fn"]().items()}
+
+
+def _beside_individual(joint: Joint, theta, weights: Weights, study: Study) -> np.ndarray | None:
+    """Whether each element of θ enters p(y_i | ψ_i; θ) beside ψ_i, `[parameter]`: read from the
+    program that computes it, without running it. None where random effects do, or are not in ψ."""
+
+    def laws(values, eta):
+        with _Cut():
+            x, _, _ = joint.predicted(values, weights, eta, study)
+        return x
+
+    if not joint.roles.individual:
+        return None
+    eta = jnp.zeros((study.subjects.size, joint.effect_size))
+    values = joint.constrain(theta)
+    program = jax.make_jaxpr(laws)(values, eta).jaxpr
+    _, used = dce_jaxpr(program, [True] * len(program.outvars))
+    enters, effects = jax.tree.unflatten(jax.tree.structure((values, eta)), used)
+    beside = np.zeros(joint.size, bool)
+    for name, where in joint.slices.items():
+        beside[where] = enters[name]
+    return None if effects else beside
+
+
 def find(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> References:
     """Find the population parameters θ_a that enter only as θ_a + η_j.
 
-    By trying, at two random places: for every subject, moving θ_a up must change log p(y_i | η; θ)
-    and moving η_j down by as much must undo that. (For every subject: in one arm of a trial the
-    effect of the treatment cannot be told from the mean.) Of a large study 256 subjects are
-    tried, spread over it. Laws that are not flowme's are left alone: they may have kinks.
+    By trying, at two random places: for every subject, moving θ_a up must change ψ_i, and moving
+    η_j down by as much must undo that. (For every subject: in one arm of a trial the effect of the
+    treatment cannot be told from the mean.) Where a model has no individual parameters, or random
+    effects beside them, log p(y_i | η; θ) takes the place of ψ_i. Of a large study 256 subjects
+    are tried, spread over it. Laws that are not flowme's are left alone: they may have kinks.
     """
     size = study.subjects.size
     some = study.subset(np.unique(np.linspace(0, size - 1, min(256, size)).astype(int)))
@@ -85,19 +128,23 @@ def find(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> Refe
         np.concatenate([np.repeat(e[None], 1 + p, 0), np.tile(e + down, (p, 1, 1))]) for e in eta
     ]
 
-    values = _likelihoods(joint, np.concatenate(thetas), weights, np.concatenate(etas), some)
-    values = np.asarray(values).reshape(2, 1 + p + p * d, -1)
-    base, alone, both = values[:, 0], values[:, 1 : 1 + p], values[:, 1 + p :].reshape(2, p, d, -1)
+    beside = _beside_individual(joint, theta, weights, some)
+    program = _likelihoods if beside is None else _individuals
+    values = program(joint, np.concatenate(thetas), weights, np.concatenate(etas), some)
+    values = np.asarray(values).reshape(2, 1 + p + p * d, some.subjects.size, -1)
+    base, alone, both = np.split(values, [1, 1 + p], axis=1)
+    both = both.reshape(2, p, d, *base.shape[2:])
     rounding, share = (1e-12, 1e-6) if base.dtype == np.float64 else (2e-6, 1e-2)
     with np.errstate(invalid="ignore"):  # a place may lie where the model is not finite
-        noise = rounding * (1 + np.abs(base))[:, None]
-        moved = np.abs(alone - base[:, None])
-        left = np.abs(both - base[:, None, None])
-        undone = (left <= (share * moved + 10 * noise)[:, :, None]) & (moved > 100 * noise)[
-            :, :, None
-        ]
+        noise = rounding * (1 + np.abs(base))
+        moved = np.abs(alone - base)
+        left = np.abs(both - base[:, None])
+        undone = np.all(left <= (share * moved + 10 * noise)[:, :, None], -1)
+        undone &= np.any(moved > 100 * noise, -1)[:, :, None]
     has_data = sum(np.asarray(mask).any(1) for mask in some.observed.values()) > 0
     found = np.all(undone[..., has_data], axis=(0, -1)) & _referable(joint)
+    if beside is not None:
+        found &= ~beside[:, None]
     pairs: list[tuple[int, str, int]] = []
     for site, where in joint.slices.items():
         partners = [np.flatnonzero(row) for row in found[where]]
