@@ -2,6 +2,7 @@
 
 import inspect
 import time
+import warnings
 
 import jax
 import matplotlib.pyplot as plt
@@ -13,6 +14,7 @@ from networks import LOTKA_VOLTERRA, MICHAELIS_MENTEN, SIR, observed
 import flowme as fm
 from flowme import discovery
 from flowme.discovery import data, discover, fit, memory, problem, search
+from flowme.discovery.result import rate_unit
 
 
 def found(case, **options):
@@ -226,6 +228,10 @@ REFUSED = {
     "half a reaction": ({"most_reactions": 1.5}, "expected most_reactions of 1 .* got 1.5"),
     "arm": ({"arm": "genetic"}, "expected arm to be an arm.* got 'genetic'"),
     "class of arms": ({"arm": discovery.Stepwise}, r"got the class Stepwise: Stepwise\(\) is one"),
+    "class in a union": (
+        {"arm": discovery.Union((discovery.Stepwise,))},
+        "expected arm to be an arm.* got Union",
+    ),
     "fit": ({"fit": "lm"}, "expected fit to be an inner fit.* got 'lm'"),
     "prior nan": ({"prior": lambda r: np.nan}, "prior with finite log weights; got nan of 0 -> A"),
     "prior": ({"prior": None}, "expected prior to be a function"),
@@ -266,7 +272,6 @@ def test_codes_of_levels_are_no_initial_state():
 
 BAD_ARMS = {
     "expected a tuple of one arm or more": lambda: discovery.Union(()),
-    "expected arms, such as": lambda: discovery.Union((discovery.Stepwise,)),
     "expected steps of 1 to 100": lambda: discovery.Stepwise(steps=0),
     "expected generations of 1 to 100, .* got 0": lambda: discovery.Genetic(generations=0),
     "expected generations of 1 to 100, .* got 3000": lambda: discovery.Genetic(generations=3000),
@@ -324,3 +329,122 @@ def test_a_search_ends_when_there_is_nothing_left():
         study, ["A", "B"], library=few, patience=None, evaluations=50, leaders=1, progress=False
     )
     assert "nothing new to fit" in str(result)
+
+
+def test_a_search_cut_short_within_a_round_goes_on_before_it(lotka_volterra, tmp_path):
+    """With 40, then 70, then 200 fits: what 200 at once find, each structure and its fit."""
+    whole, _, _ = lotka_volterra
+    options = {"patience": 4, "leaders": 1, "checkpoint": tmp_path}
+    for evaluations in (40, 70, 200):
+        result, _ = found(LOTKA_VOLTERRA, evaluations=evaluations, **options)
+    assert result.course.evaluations == whole.course.evaluations
+    fitted = list(whole.memory.scored)[: whole.course.evaluations]
+    assert list(result.memory.scored)[: len(fitted)] == fitted
+    for rows in fitted:
+        assert result.memory.scored[rows].fit.deviance == whole.memory.scored[rows].fit.deviance
+
+
+def test_a_checkpoint_is_of_one_way_to_search(tmp_path):
+    options = {"evaluations": 4, "leaders": 1, "checkpoint": tmp_path}
+    found(LOTKA_VOLTERRA, **options)
+    others = {
+        "weights": discovery.Weights(complexity=0.5),
+        "prior": lambda r: 0.0,
+        "arm": discovery.Random(),
+        "fit": discovery.LevenbergMarquardt(iterations=3),
+    }
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=f"same {name}"):
+            found(LOTKA_VOLTERRA, **options, **{name: value})
+    (tmp_path / "search.npz").write_text("not a journal")
+    with pytest.raises(ValueError, match="journal of a search; it cannot be read"):
+        found(LOTKA_VOLTERRA, **options)
+
+
+def test_arms_of_a_union_keep_what_they_learned():
+    class Counter:
+        def __init__(self):
+            self.count = np.array(0)
+
+        def state(self):
+            return {"count": self.count}
+
+        def restore(self, arrays):
+            self.count = arrays["count"]
+
+    before = discovery.Union((discovery.Stepwise(), Counter(), Counter()))
+    before.arms[1].count, before.arms[2].count = np.array(3), np.array(4)
+    after = discovery.Union((discovery.Stepwise(), Counter(), Counter()))
+    after.restore(before.state())
+    assert after.arms[1].count == 3 and after.arms[2].count == 4
+
+
+def rescaled(case, factor, hours=1.0):
+    """The study of a case, species A in another unit, and so is time."""
+    frame = observed(case).to_frame()
+    frame[["A", "A0"]] *= factor
+    frame["TIME"] *= hours
+    return fm.Study.from_frame(
+        frame, outcome=["A", "B"], covariates=["A0", "B0"], units={"time": "h", "A": "mM"}
+    )
+
+
+def test_scales_a_milliard_apart_do_not_change_the_best(lotka_volterra):
+    """B gains a milliardth of what A loses, in these units: it counts as much."""
+    whole, _, _ = lotka_volterra
+    study = rescaled(LOTKA_VOLTERRA, 1e9)
+    initial = {"A": "A0", "B": "B0"}
+    result = discover(
+        study, ["A", "B"], initial=initial, evaluations=200, patience=4, leaders=1, progress=False
+    )
+    best = {str(r) for r in result.best.reactions}
+    assert best == {"A -> 2A", "B -> 0", "A + B -> B", "A + B -> 2B"}
+    squares = whole.fits[0].squares
+    np.testing.assert_allclose(result.fits[0].squares, squares, rtol=1e-2)
+
+
+def test_a_hypothesis_is_judged_wherever_its_rates_start():
+    study = rescaled(LOTKA_VOLTERRA, 1e-3, 86400.0)
+    initial = {"A": "A0", "B": "B0"}
+    result = discover(study, ["A", "B"], initial=initial, evaluations=96, leaders=1, progress=False)
+    for rates in (1e-12, 1.0, 1e6):
+        hypothesis = discovery.ReactionNetwork({str(r): rates for r in result.best.reactions})
+        assert abs(result.judge(hypothesis)["dBIC"]) < 0.1
+    with pytest.raises(TypeError, match="expected a hypothesis such as"):
+        result.judge("A -> 2A")
+
+
+def test_draws_of_rates_near_0_are_of_their_size(lotka_volterra):
+    """An idle reaction has a log rate without a lower end, and a rate with a standard error."""
+    result, _, _ = lotka_volterra
+    wide = result.rates[result.rates["log_se"] > 10]
+    assert len(wide)  # else this is no test
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draws = result.to_arviz(draws=4000).posterior["rate"]
+    for (_, reaction), row in wide.iterrows():
+        drawn = draws.sel(reaction=reaction).values
+        assert np.nanmax(drawn) < max(result.rates["rate"].max(), 6 * row["se"])
+
+
+@pytest.mark.parametrize("allowed", [["B -> 0"], ["A -> 2A"], ["A -> 2A", "B -> 0"]])
+def test_a_small_library_is_fitted_as_a_whole(allowed):
+    result, _ = found(LOTKA_VOLTERRA, whitelist=allowed, evaluations=40, patience=None, leaders=1)
+    assert len(result.memory.scored) == 2 ** len(allowed) - 1
+
+
+def test_rates_have_units(lotka_volterra):
+    result, _, _ = lotka_volterra
+    assert result.rates.loc[1, "unit"].to_dict()["A -> 2A"] == "1/h"
+    units = {"A": "mM", "B": "mM", "time": "h"}
+    expected = {
+        "0 -> A": "mM/h",
+        "A -> B": "1/h",
+        "A + B -> 2B": "1/(mM h)",
+        "A + B -> 0": "1/(mM h)",
+    }
+    for reaction, unit in expected.items():
+        parsed = discovery.Reaction.parse(reaction)
+        assert rate_unit(parsed, units) == unit
+        assert rate_unit(parsed, {**units, "time": ""}) == ""
+    assert rate_unit(discovery.Reaction.parse("A + B -> 2B"), {**units, "B": "pM"}) == ""

@@ -8,6 +8,7 @@ write these two.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,6 +76,8 @@ class Stepwise(_Memoryless):
             value = np.inf
             for _ in range(self.steps):
                 around = neighbours(now, slots)
+                if not len(around):
+                    break
                 scores = screened(memory, around)
                 order = np.argsort(scores)
                 found.append(around[order[: n // (2 * self.steps)]])
@@ -153,9 +156,6 @@ class Union:
     def __post_init__(self):
         if not isinstance(self.arms, tuple | list) or not self.arms:
             raise ValueError(f"expected a tuple of one arm or more; got {self.arms!r}")
-        for arm in self.arms:
-            if isinstance(arm, type) or not hasattr(arm, "propose") or not hasattr(arm, "update"):
-                raise TypeError(f"expected arms, such as Stepwise(); got {arm!r}")
 
     def propose(self, rng: np.random.Generator, n: int, memory: Memory) -> np.ndarray:
         chosen = self.arms if not memory.scored else [self.arms[rng.integers(len(self.arms))]]
@@ -164,6 +164,19 @@ class Union:
     def update(self, structures: np.ndarray, rewards: np.ndarray) -> None:
         for arm in self.arms:
             arm.update(structures, rewards)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What the arms have learned, by the arm's number and name."""
+        learned = ((i, arm.state()) for i, arm in enumerate(self.arms) if hasattr(arm, "state"))
+        return {f"{i}/{name}": value for i, own in learned for name, value in own.items()}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `state` gave."""
+        for i, arm in enumerate(self.arms):
+            if hasattr(arm, "restore"):
+                first = f"{i}/"
+                own = {k.removeprefix(first): v for k, v in arrays.items() if k.startswith(first)}
+                arm.restore(own)
 
 
 def mask(L: int, rows: tuple[int, ...]) -> np.ndarray:

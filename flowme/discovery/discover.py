@@ -73,9 +73,10 @@ def discover(
         fit: the inner fit; `LevenbergMarquardt()` if None.
         prior: log weight of a reaction before the data; by default the fewer molecules, the more.
         weights: of the parts of the reward.
-        seconds: budget.
+        seconds: budget of the search. What follows takes some seconds more: the fits without one
+            condition, and the simulations, by which the leaders' robustness is judged.
         clock: by which seconds are counted; `time.process_time` for those of the CPU.
-        evaluations: budget in ODE fits; no limit if None.
+        evaluations: budget of the search in ODE fits; no limit if None.
         patience: rounds without a better structure after which the search ends; None: never.
         leaders: structures on the leaderboard, whose robustness is judged.
         seed: the same seed, data and evaluations give the same search.
@@ -104,7 +105,7 @@ def discover(
     proposer = Union((Stepwise(), GeneticLocal())) if arm is None else arm
     method = LevenbergMarquardt() if fit is None else fit
     budget = Budget(seconds, evaluations, patience)
-    journal = Journal.open(checkpoint, problem, int(seed))
+    journal = Journal.open(checkpoint, memory, int(seed), proposer, method)
     course = search(proposer, memory, method, rng, budget, journal, progress, clock)
     return conclude(memory, method, leaders, course, seed)
 

@@ -94,13 +94,14 @@ def _check_weights(weights: Any) -> None:
         )
 
 
-def _object_with(*methods: str) -> Callable[[Any], bool]:
-    def has(value: Any) -> bool:
-        return not isinstance(value, type) and all(
-            callable(getattr(value, method, None)) for method in methods
-        )
+def _is_arm(value: Any) -> bool:
+    """Of a union, all of them."""
+    own = callable(getattr(value, "propose", None)) and callable(getattr(value, "update", None))
+    return own and not isinstance(value, type) and all(map(_is_arm, getattr(value, "arms", ())))
 
-    return has
+
+def _is_fit(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type)
 
 
 # Of arguments that may be None: whether a value is what it should be, and what that is.
@@ -114,10 +115,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a Library, such as Library(['A', 'B'], ['A -> B', 'B -> 0'])",
     ),
     "arm": (
-        _object_with("propose", "update"),
+        _is_arm,
         "an arm, such as Stepwise() or Union((Stepwise(), GeneticLocal()))",
     ),
-    "fit": (_object_with("__call__"), "an inner fit, such as LevenbergMarquardt()"),
+    "fit": (_is_fit, "an inner fit, such as LevenbergMarquardt()"),
     "checkpoint": (lambda x: isinstance(x, str | os.PathLike), "the path of a folder"),
 }
 

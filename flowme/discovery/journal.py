@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ import numpy as np
 from .data import TimeCourses
 from .fit import Estimate
 from .memory import Memory
-from .problem import Problem
 
 _EVERY = 5.0  # seconds between two writings
 
@@ -59,16 +59,25 @@ class Journal:
         self._last: Any = None
 
     @classmethod
-    def open(cls, folder: str | Path | None, problem: Problem, seed: int) -> Journal:
+    def open(
+        cls, folder: str | Path | None, memory: Memory, seed: int, arm: Any, fit: Any
+    ) -> Journal:
         """The journal in a folder, which is made if it is not there."""
+        problem = memory.problem
         asked = {
             "seed": seed,
             "reactions": [str(r) for r in problem.library.reactions],
             "data and known states": _digest(problem.courses),
-            "slots": problem.slots,
+            "most reactions": problem.slots,
+            "prior": np.round(memory.prior, 9).tolist(),
+            "weights": list(memory.weights),
+            "arm": _settings(arm),
+            "fit": _settings(fit),
         }
         if folder is None:
             return cls(None, asked)
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise ValueError(f"expected a folder for the checkpoint; got the file {folder}")
         Path(folder).mkdir(parents=True, exist_ok=True)
         return cls(Path(folder) / "search.npz", asked)
 
@@ -76,11 +85,17 @@ class Journal:
         """Puts what was kept into memory, generator and arm; returns how far the search was."""
         if self.file is None or not self.file.exists():
             return Course()
-        with np.load(self.file, allow_pickle=False) as kept:
-            arrays = dict(kept)
-        words = json.loads(str(arrays.pop("words")))
+        try:
+            with np.load(self.file, allow_pickle=False) as kept:
+                arrays = dict(kept)
+            words = json.loads(str(arrays.pop("words")))
+        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"expected {self.file} to be the journal of a search; it cannot be read ({error}). "
+                "Name another folder, or delete this one to begin anew."
+            ) from error
         for what, value in self.asked.items():
-            if words["asked"][what] != value:
+            if words["asked"].get(what) != value:
                 raise ValueError(
                     f"expected {self.file.parent} to be of a search with the same {what}; got "
                     f"another. Name another folder, or delete this one to begin anew."
@@ -122,6 +137,12 @@ class Journal:
             os.fsync(file.fileno())
         os.replace(half, self.file)
         self._written, self._last = time.perf_counter(), None
+
+
+def _settings(of: Any) -> str:
+    """An arm or a fit with its settings; by its type alone where it does not print them."""
+    printed = repr(of)
+    return type(of).__qualname__ if " at 0x" in printed else printed
 
 
 def _digest(courses: TimeCourses) -> str:

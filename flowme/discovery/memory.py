@@ -16,6 +16,7 @@ from .screen import Screen, integral_screen, tangent_screen
 from .smooth import Smooth
 
 _ELITE = 6  # structures around which there are tangent screens
+MODEST = 1e-2  # scaled rate at which a reaction starts that a screen gave none
 
 
 class Scored(NamedTuple):
@@ -101,6 +102,20 @@ class Memory:
             along = Path(self.problem, best, self._smooth.variance)
             self._matched = best.rows, integral_screen(self.problem, along)
         return self._matched[1]
+
+    def starts(self, rows: tuple[int, ...]) -> list[np.ndarray]:
+        """Scaled rates [R] from which the fit of a structure may start: those of its own fit, if
+        there is one, and what each screen gives them."""
+        padded = self.problem.rows([rows])
+        screens = [self.screen, *(screen for _, screen in self.tangents())]
+        given = [screen(padded)[1][0, : len(rows)] for screen in screens]
+        own = [np.exp(self.scored[rows].fit.log_rates)] if rows in self.scored else []
+        return own + [np.where(rates > 0, rates, MODEST) for rates in given]
+
+    def refine(self, problem: Problem) -> None:
+        """The same problem with another solver: what was computed with the last is forgotten."""
+        self.problem, self._matched = problem, None
+        self._tangents.clear()
 
     def tangents(self) -> list[tuple[tuple[int, ...], Screen]]:
         """Tangent screens of the best fits, with their structures."""

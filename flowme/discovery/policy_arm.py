@@ -82,6 +82,12 @@ class PolicyArm:
         self._kept: dict[str, np.ndarray] = {}
         self._orders: dict[bytes, np.ndarray] = {}
 
+    def __repr__(self) -> str:
+        """What it proposes depends on, besides the data."""
+        given = "" if self.policy is None else ", policy given"
+        rounds = "" if self.screen is None else f", rounds={self.rounds}"
+        return f"PolicyArm({self.learner}, most={self.most}, seed={self.seed}{rounds}{given})"
+
     def propose(self, rng: np.random.Generator, n: int, memory: Any) -> np.ndarray:
         """Structures to screen, bool [n, L]."""
         if self.env is None:

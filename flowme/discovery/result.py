@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +19,13 @@ from .journal import Course
 from .memory import Memory, Path, Scored
 from .network import ReactionNetwork
 from .picture import against_data
+from .reaction import Reaction
 from .robustness import Robustness, held_out, stable
 
 _LIKELY = 9.2  # nats behind the best within which structures count: a weight of 1e-4
 _MOST = 60  # structures of which the simplest of the same ODE is looked for
+_SAME = 0.5  # difference of two deviances of the same ODE, fitted twice
+_WIDE = 0.5  # standard error of a log rate above which the rate itself is taken for normal
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,13 +68,18 @@ class Discovery:
         """A network of your own, fitted as those of the search were and set beside the best.
 
         Args:
-            hypothesis: reactions of the library; its rates are where the fit starts.
+            hypothesis: reactions of the library; the fit starts from its rates, and from those
+                that the screens of the search give them.
             fit: the inner fit; `LevenbergMarquardt()` if None.
 
         Returns:
             BIC and reward, and how far both are from the best: "dBIC" above 0 means that the data
             prefer the best; "nats" is n times the difference of the rewards.
         """
+        if not isinstance(hypothesis, ReactionNetwork):
+            raise TypeError(
+                f"expected a hypothesis such as ReactionNetwork(['A -> B']); got {hypothesis!r}"
+            )
         problem, n = self.memory.problem, self.memory.problem.courses.count.sum()
         unit = problem.courses.rate_unit(problem.library)
         given = zip(hypothesis.reactions, hypothesis.rates, strict=True)
@@ -80,8 +90,15 @@ class Discovery:
                 f"expected a network of at most {problem.slots} reactions, as most_reactions says; "
                 f"got {len(rows)}"
             )
-        starts = [np.array([rates[r] / unit[r] for r in rows])]
-        scored = self.memory.score((fit or LevenbergMarquardt())(problem, [rows], starts)[0])
+        starts = [np.array([rates[r] / unit[r] for r in rows]), *self.memory.starts(rows)]
+        fits = (fit or LevenbergMarquardt())(problem, [rows] * len(starts), starts)
+        scored = self.memory.score(min(fits, key=lambda f: f.deviance))
+        if not np.isfinite(scored.fit.deviance):
+            warnings.warn(
+                f"{hypothesis} could not be simulated from any of {len(starts)} starts: its "
+                "numbers say nothing; give rates near those that you expect",
+                stacklevel=2,
+            )
         first, bic = self.leaderboard.iloc[0], -2 * n * scored.prediction
         nats = n * (self.memory.score(self.fits[0]).reward - scored.reward)
         found = {"BIC": bic, "dBIC": bic - first["BIC"], "reward": scored.reward, "nats": nats}
@@ -89,8 +106,9 @@ class Discovery:
 
     def to_arviz(self, draws: int = 1000, seed: int = 0) -> Any:
         """Draws of structure and rates as an ArviZ object: a network by its probability, then its
-        log rates from the normal approximation; the rate of a reaction not in it is 0, and NaN
-        where the data do not determine it.
+        log rates from the normal approximation; where the standard error of one is above 1/2, the
+        rate's own, folded at 0. The rate of a reaction not in it is 0, and NaN where the data do
+        not determine it. `attrs` has the units of the rates.
 
         Groups: `posterior` with "included" and "rate" [chain, draw, reaction] and "network"
         [chain, draw]; `observed_data` with the species [subject, time], NaN where not measured.
@@ -170,7 +188,10 @@ def _distinct(memory: Memory, fit: Any) -> list[Scored]:
     new = {r: k for r, k in simplest.values() if r not in memory.scored}
     if new:
         memory.add(fit(memory.problem, list(new), list(new.values())))
-    kept = {rows: memory.scored[rows] for rows, _ in simplest.values()}
+    pairs = [(memory.scored[rows], memory.scored[r]) for rows, (r, _) in simplest.items()]
+    # Where rates differ by many orders of magnitude the simplest may not have quite the same ODE.
+    same = [new if new.fit.deviance < old.fit.deviance + _SAME else old for old, new in pairs]
+    kept = {s.fit.rows: s for s in same}
     others = [s for s in memory.best(len(memory.scored)) if s.fit.rows not in simplest]
     kept |= {s.fit.rows: s for s in others if s.fit.rows not in kept}
     return sorted(kept.values(), key=lambda s: -s.reward)
@@ -219,11 +240,12 @@ def _row(
 
 def _rates(memory: Memory, fit: Estimate) -> pd.DataFrame:
     """Rates with their standard errors by the delta method; infinite where not determined."""
-    found = network(memory, fit)
+    found, units = network(memory, fit), memory.problem.courses.units
     log_se = np.sqrt(np.diag(covariance(fit.information)))
     rates = np.array(found.rates, float)
+    unit = [rate_unit(r, units) for r in found.reactions]
     return pd.DataFrame(
-        {"rate": rates, "se": rates * log_se, "log_se": log_se},
+        {"rate": rates, "se": rates * log_se, "log_se": log_se, "unit": unit},
         index=pd.Index([str(r) for r in found.reactions], name="reaction"),
     )
 
@@ -239,6 +261,23 @@ def _inclusion(memory: Memory, distinct: list[Scored], probability: np.ndarray) 
     return ordered[ordered > 0]
 
 
+def rate_unit(reaction: Reaction, units: Mapping[str, str]) -> str:
+    """Unit of a rate, such as "1/(mM h)"; empty where a unit is not stated, or the species have
+    several.
+
+    Args:
+        reaction: by mass action.
+        units: of each species, and of "time".
+    """
+    of = {units.get(s, "") for s in reaction.species}
+    time, order = units.get("time", ""), sum(n for _, n in reaction.reactants)
+    if not time or (order != 1 and (len(of) != 1 or "" in of)):
+        return ""
+    unit = next(iter(of), "")
+    power = unit if order <= 2 else f"{unit}^{order - 1}"
+    return f"1/{time}" if order == 1 else f"{unit}/{time}" if order == 0 else f"1/({power} {time})"
+
+
 def _posterior(found: Discovery, rng: np.random.Generator, draws: int) -> xr.Dataset:
     p = found.leaderboard["probability"].to_numpy()
     which = rng.choice(len(p), size=draws, p=p / p.sum()) + 1
@@ -249,8 +288,11 @@ def _posterior(found: Discovery, rng: np.random.Generator, draws: int) -> xr.Dat
         spread = covariance(found.fits[rank - 1].information)
         lost = np.isinf(np.diag(spread))  # not determined by the data
         spread[lost, lost] = 0.0
-        z = rng.multivariate_normal(np.zeros(len(table)), spread, here.sum(), method="eigh")
-        drawn = np.where(lost, np.nan, table["rate"].to_numpy() * np.exp(z))
+        size, vectors = np.linalg.eigh(spread)
+        z = rng.normal(size=(here.sum(), len(table))) @ (vectors * np.sqrt(np.maximum(size, 0.0))).T
+        wide = np.diag(spread) > _WIDE**2
+        factor = np.where(wide, np.abs(1 + z), np.exp(np.where(wide, 0.0, z)))
+        drawn = np.where(lost, np.nan, table["rate"].to_numpy() * factor)
         rate[np.ix_(here, [names.index(r) for r in table.index])] = drawn
     axes = ("chain", "draw", "reaction")
     return xr.Dataset(
@@ -260,6 +302,7 @@ def _posterior(found: Discovery, rng: np.random.Generator, draws: int) -> xr.Dat
             "network": (axes[:2], which[None]),
         },
         coords={"chain": [0], "draw": np.arange(draws), "reaction": names},
+        attrs={f"unit of {r}": unit for (_, r), unit in found.rates["unit"].items()},
     )
 
 

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from .arms import Arm, as_rows, mask
 from .journal import Course, Journal
-from .memory import Memory
+from .memory import MODEST, Memory
 from .robustness import squares_of
 
 _PRECISE = 0.5  # change of the best deviance with half the step, above which steps are halved
@@ -19,7 +19,7 @@ _MOST_SUBSTEPS = 64
 _REFINED = 32  # best structures that are fitted again then
 _DEPTH = 4  # times the number to be chosen: how far down a ranking new structures are looked for
 _IDLE = 20  # rounds without a structure to fit, after which the library is exhausted
-_MODEST = 1e-2  # scaled rate at which a reaction starts that the screen gave none
+_ROUND = 32  # fits of one round
 
 
 class Budget(NamedTuple):
@@ -76,6 +76,7 @@ def search(
     if not budget.seconds > 0 or (budget.evaluations is not None and budget.evaluations < 1):
         raise ValueError(f"expected a budget above 0; got {budget}")
     course = journal.restore(memory, rng, arm)
+    journal.keep(memory, rng, arm, course)
     begun = clock() - course.seconds
     with tqdm(
         desc="Discovery", unit=" fits", initial=course.evaluations, disable=not progress
@@ -83,12 +84,14 @@ def search(
         try:
             while not (why := budget.spent(course)):
                 before = memory.best(1)
-                fits = 32 if budget.evaluations is None else budget.evaluations - course.evaluations
-                n = advance(arm, memory, fit, rng, fits=min(fits, 32))
+                most = budget.evaluations
+                fits = _ROUND if most is None else min(_ROUND, most - course.evaluations)
+                n = advance(arm, memory, fit, rng, fits=fits)
                 refine(memory, fit)
                 better = memory.best(1) != before
                 course = course.after(n, clock() - begun, better)
-                journal.keep(memory, rng, arm, course)
+                if fits == _ROUND:  # a longer search has no round cut short: it goes on before it
+                    journal.keep(memory, rng, arm, course)
                 bar.update(n)
                 bar.set_postfix_str(memory.says())
         except KeyboardInterrupt:
@@ -109,7 +112,7 @@ def refine(memory: Memory, fit: Any) -> None:
         change = abs(float(problem.deviance(squares)[0]) - best.fit.deviance)
         memory.precise = best.fit.rows
         if change > _PRECISE:
-            memory.problem = finer
+            memory.refine(finer)
             again = [s.fit for s in memory.best(_REFINED)]
             starts, states = [np.exp(f.log_rates) for f in again], [f.initial for f in again]
             memory.add(fit(finer, [f.rows for f in again], starts, initial=states))
@@ -121,7 +124,7 @@ def advance(
     fit: Any,
     rng: np.random.Generator,
     proposals: int = 2000,
-    fits: int = 32,
+    fits: int = _ROUND,
 ) -> int:
     """One round: the arm proposes, screens choose, the chosen are fitted and remembered.
 
@@ -163,6 +166,9 @@ def promising(
         for order, used, rates in rankings:
             if rank < len(order) and len(chosen) < n:
                 _consider(memory, used[order[rank]], rates[order[rank]], chosen)
+    for structure in rows[: _DEPTH * n] if len(chosen) < n else ():
+        if len(chosen) < n:  # little is left: those too in which the screens set rates to 0
+            _consider(memory, structure, np.zeros(structure.shape), chosen)
     return list(chosen), list(chosen.values())
 
 
@@ -194,4 +200,4 @@ def _consider(memory: Memory, rows: np.ndarray, rates: np.ndarray, chosen: dict)
     found = {int(r): k for r, k in zip(rows, rates, strict=True) if r < len(memory.problem.library)}
     key = memory.key(found)
     if 0 < len(key) <= memory.problem.slots and key not in memory.scored and key not in chosen:
-        chosen[key] = np.array([found.get(r, _MODEST) for r in key])
+        chosen[key] = np.array([found.get(r) or MODEST for r in key])

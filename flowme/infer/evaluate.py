@@ -19,7 +19,7 @@ both are arguments. Memory does not grow with the number of subjects.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ from flowme.study import Study
 CHUNK = 256  # subjects in one call of the compiled program
 LARGEST = {1: 31, 2: 15, 3: 9, 4: 7}  # nodes per effect the program has room for
 _BLOCK = 32  # nodes evaluated together
+QUICK = {"xla_backend_optimization_level": 0}  # of a program dearer to compile than to run
 
 
 def next_order(effects: int, order: int) -> int:
@@ -111,10 +112,13 @@ def evaluate(
     counts = np.ones(study.subjects.size) if counts is None else np.asarray(counts, float)
     many = study.subjects.size > 4 * chunk
     scouts = 0 if start is not None else SCOUTS // 4 if many else SCOUTS
-    points, log_weight, blocks = _rule(engine.joint.effect_size, order) if order else _none(engine)
-
+    rule, law = (np.zeros((0, _BLOCK, 0)), np.zeros((0, _BLOCK)), 0), ()
+    if order:
+        rule = _rule(engine.joint.effect_size, order)
+        one = jax.tree.map(lambda x: x[:1], study)
+        law = jax.tree.map(np.asarray, _gaussian_law(engine, theta, weights, one))
     modes = np.zeros((len(counts), engine.joint.effect_size)) if start is None else start
-    shared = key, theta, weights, scouts, steps, points, log_weight, blocks
+    shared = key, theta, weights, scouts, steps, rule, law
     each, sums = by_chunk(_evaluate, engine, shared, (study, modes, counts), chunk)
     return Evaluation(*each, *sums)
 
@@ -130,10 +134,6 @@ def _rule(size: int, order: int) -> tuple[np.ndarray, np.ndarray, int]:
     return points.reshape(*shape, size), logs.reshape(shape), -(-len(grid) // _BLOCK)
 
 
-def _none(engine: Engine) -> tuple[np.ndarray, np.ndarray, int]:
-    return np.zeros((0, _BLOCK, engine.joint.effect_size)), np.zeros((0, _BLOCK)), 0
-
-
 class _Sums(NamedTuple):
     """Means over a subject's nodes under π_ik; derivatives by the two parts of θ."""
 
@@ -147,15 +147,14 @@ class _Sums(NamedTuple):
 @partial(jax.jit, static_argnums=0)
 def _evaluate(engine, shared, chunk) -> tuple[tuple, tuple]:
     """`evaluate` for one chunk: what is of each subject, and the sums."""
-    key, theta, weights, scouts, steps, points, log_weight, blocks = shared
+    key, theta, weights, scouts, steps, rule, law = shared
     number, real, (study, start, counts) = chunk
     key, counts = jax.random.fold_in(key, number), real * counts
     conditional = locate(engine.joint, theta, weights, study, start, scouts, steps)
     if engine.points:
         found = _by_importance(engine, key, theta, weights, study, conditional)
     else:
-        rule = points, log_weight, blocks
-        found = _by_quadrature(engine, theta, weights, study, conditional, *rule)
+        found = _by_quadrature(engine, theta, weights, study, conditional, rule, law)
     covariance = found.spread - found.away[:, :, None] * found.away[:, None, :]
     into = _places(engine)
     # A subject that counts 0 times may be one that the model cannot predict.
@@ -175,22 +174,20 @@ def _places(engine: Engine) -> np.ndarray:
     return np.eye(joint.size)[np.concatenate(parts)]
 
 
-def _by_quadrature(engine, theta, weights, study, conditional, points, log_weight, blocks) -> _Sums:
+def _by_quadrature(engine, theta, weights, study, conditional, rule, law) -> _Sums:
     """Nodes η_ik = m_i + L_i z_k; for Gaussian effects.
 
-    Their log density is c_i(θ)ᵀ T(z_k) with T(z) = (1, z, z zᵀ): its derivatives need those of c
-    and the means of T Tᵀ alone, and no node's own.
+    Their log density is q(θ)ᵀ T(η_ik) with T(η) = (1, η, η ηᵀ), and c_iᵀ T(z_k): its derivatives
+    need those of q and the means of T Tᵀ alone, and no node's own.
     """
     joint, references = engine.joint, engine.references
     mean, tril = conditional
     subjects, d = mean.shape
-    likelihood, density = shifted(joint, references, theta, weights, study)
-    c, c1, c2 = _second_order(
-        lambda part: _coefficients(
-            lambda z: density(part, (mean + jnp.einsum("sde,se->sd", tril, z))[None])[0], mean.shape
-        ),
-        theta[references.of_density(joint)],
-    )
+    points, log_weight, blocks = rule
+    likelihood, _ = shifted(joint, references, theta, weights, study)
+    quadratic, q1, q2 = law
+    into = _in_z(mean, tril)
+    c = into @ quadratic
     free = theta[references.of_likelihood(joint)]
 
     def add(number, sums):
@@ -219,12 +216,13 @@ def _by_quadrature(engine, theta, weights, study, conditional, points, log_weigh
     total = squares[:, 0]
     squares = (squares / total[:, None]).reshape(subjects, t, t)
     cross, own = cross / total[:, None, None], own / total[:, None, None]
-    side = cross @ c1
-    both = jnp.einsum("st,stpq->spq", squares[:, 0], c2)
-    both += jnp.einsum("stp,stu,suq->spq", c1, squares, c1)
+    once = jnp.einsum("st,stu->su", squares[:, 0], into)  # means of T(η), of its square
+    twice = jnp.einsum("stu,stv,svw->suw", into, squares, into)
+    side = jnp.einsum("sqt,stu,up->sqp", cross, into, q1)
+    both = jnp.einsum("su,upq->spq", once, q2) + jnp.einsum("up,suv,vq->spq", q1, twice, q1)
     return _Sums(
         top + jnp.log(total) + log_det(tril),
-        jnp.concatenate([cross[:, :, 0], jnp.einsum("st,stp->sp", squares[:, 0], c1)], 1),
+        jnp.concatenate([cross[:, :, 0], once @ q1], 1),
         jnp.block([[own, side], [jnp.swapaxes(side, 1, 2), both]]),
         jnp.einsum("sde,se->sd", tril, squares[:, 0, 1 : 1 + d]),
         jnp.einsum("sde,sef,sgf->sdg", tril, squares[:, 1 : 1 + d, 1 : 1 + d], tril),
@@ -237,16 +235,45 @@ def _features(z: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.ones((len(z), 1)), z, z[:, j] * z[:, k]], 1)
 
 
-def _coefficients(function: Callable[[jax.Array], jax.Array], shape: tuple[int, int]) -> jax.Array:
-    """c with function(z) = cᵀ T(z), `[subject, feature]`, of a quadratic function of
-    z `[subject, effect]`."""
-    j, k = np.triu_indices(shape[1])
-    zero = jnp.zeros(shape)
-    gradient = jax.grad(lambda z: jnp.sum(function(z)))
-    basis = jnp.broadcast_to(jnp.eye(shape[1])[:, None], (shape[1], *shape))
-    slope, hessian = jax.vmap(lambda v: jax.jvp(gradient, (zero,), (v,)), out_axes=(None, 0))(basis)
-    bent = hessian[j, :, k].T * np.where(j == k, 0.5, 1.0)
-    return jnp.concatenate([function(zero)[:, None], slope, bent], 1)
+def _in_z(mean: jax.Array, tril: jax.Array) -> jax.Array:
+    """A_i with T(m_i + L_i z) = A_iᵀ T(z), `[subject, feature, feature]`."""
+    subjects, d = mean.shape
+    j, k = np.triu_indices(d)
+    left, right = jnp.swapaxes(tril[:, j], 1, 2), jnp.swapaxes(tril[:, k], 1, 2)
+    square = (left[:, j] * right[:, k] + left[:, k] * right[:, j]) * np.where(j == k, 0.5, 1.0)[
+        :, None
+    ]
+    cross = mean[:, None, j] * right + mean[:, None, k] * left
+    one, none = jnp.ones((subjects, 1, 1)), jnp.zeros((subjects, d + len(j), 1))
+    high = jnp.concatenate([mean, mean[:, j] * mean[:, k]], 1)[:, None]
+    linear = jnp.concatenate([jnp.swapaxes(tril, 1, 2), jnp.zeros((subjects, len(j), d))], 1)
+    rest = jnp.concatenate([linear, jnp.concatenate([cross, square], 1)], 2)
+    return jnp.block([[one, high], [none, rest]])
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def _gaussian_law(engine: Engine, theta, weights, study) -> tuple[jax.Array, ...]:
+    """log p(η; θ) = qᵀ T(η) of Gaussian effects: q with its first and second derivatives by the
+    part `of_density` of θ, `[feature, ...]`; nodes move with referenced parameters, so that η
+    counts from their shift."""
+    joint, references = engine.joint, engine.references
+    own = references.of_density(joint)
+
+    def quadratic(part):
+        moved = theta.at[own].set(part)
+        laws = [getattr(law, "base_dist", law) for law in joint.laws(moved, weights, study)]
+        tril = jax.scipy.linalg.block_diag(*[law.scale_tril for law in laws])
+        shift = jnp.asarray(references.matrix(joint)) @ (moved - theta)
+        d = len(tril)
+        j, k = np.triu_indices(d)
+        inverse = jax.scipy.linalg.solve_triangular(tril, jnp.eye(d), lower=True)
+        precision = inverse.T @ inverse
+        pull = precision @ shift
+        size = jnp.sum(jnp.log(jnp.diagonal(tril))) + 0.5 * d * math.log(2 * math.pi)
+        bent = -precision[j, k] * np.where(j == k, 0.5, 1.0)
+        return jnp.concatenate([(-0.5 * shift @ pull - size)[None], pull, bent])
+
+    return _second_order(quadratic, theta[own])
 
 
 def _by_importance(engine, key, theta, weights, study, conditional) -> _Sums:
