@@ -199,7 +199,7 @@ def test_single_precision_finds_it_too():
 
 
 BAD = {
-    "budget": ({"seconds": 0}, "budget above 0"),
+    "budget": ({"seconds": 0}, "seconds above 0"),
     "library": ({"library": discovery.up_to_second_order(["A", "Q"])}, "library between the"),
     "laws": ({"conserved": [{"A": 1}, {"B": 1}]}, "hold every species constant"),
     "order": ({"library": discovery.Library(["A", "B"], ["3A -> B"])}, "at most two molecules"),
@@ -211,6 +211,78 @@ def test_bad_input(case):
     options, words = case
     with pytest.raises(ValueError, match=words):
         found(LOTKA_VOLTERRA, **options)
+
+
+# name: arguments of `discover`, and the words that refuse them
+REFUSED = {
+    "a table": ({"study": pd.DataFrame()}, "expected a fm.Study; got a DataFrame"),
+    "species twice": ({"species": ["A", "A"]}, "expected each species once"),
+    "species as text": ({"species": "AB"}, "expected species as names"),
+    "no name": ({"species": {"2b": "A"}}, "expected names of species .* got '2b'"),
+    "initial inf": ({"initial": {"A": np.inf}}, "initial values of A .* got inf for subject 0"),
+    "initial yes": ({"initial": {"A": True}}, "initial value of A to be a number.* got True"),
+    "initial too few": ({"initial": {"A": [1, 2]}}, r"one for each of the 4 .*; got \[1, 2\]"),
+    "initial of nobody": ({"initial": [1, 2]}, "expected initial to be known states"),
+    "library": ({"library": ["A -> B"]}, "expected library to be a Library.* got"),
+    "no reactions": ({"most_reactions": 0}, "expected most_reactions of 1 or more.* got 0"),
+    "half a reaction": ({"most_reactions": 1.5}, "expected most_reactions of 1 .* got 1.5"),
+    "arm": ({"arm": "genetic"}, "expected arm to be an arm.* got 'genetic'"),
+    "class of arms": ({"arm": discovery.Stepwise}, r"got the class Stepwise: Stepwise\(\) is one"),
+    "class in a union": (
+        {"arm": discovery.Union((discovery.Stepwise,))},
+        "expected arm to be an arm.* got Union",
+    ),
+    "fit": ({"fit": "lm"}, "expected fit to be an inner fit.* got 'lm'"),
+    "prior nan": ({"prior": lambda r: np.nan}, "prior with finite log weights; got nan of 0 -> A"),
+    "prior": ({"prior": None}, "expected prior to be a function"),
+    "weights of no kind": ({"weights": (1, 1, 0)}, "expected weights=Weights"),
+    "weights nan": ({"weights": discovery.Weights(np.nan)}, "weights of at least 0.*=nan"),
+    "weights below 0": ({"weights": discovery.Weights(1.0, -1.0)}, "at least 0.*complexity=-1"),
+    "weights 0": ({"weights": discovery.Weights(0.0, 0.0)}, "weights with prediction above 0"),
+    "seconds": ({"seconds": "60"}, "expected seconds above 0, a number; got '60'"),
+    "evaluations": ({"evaluations": True}, "expected evaluations of 1 or more.* got True"),
+    "patience": ({"patience": 0}, "expected patience of 1 or more.*None for no limit; got 0"),
+    "no leaders": ({"leaders": 0}, "expected leaders of 1 or more.* got 0"),
+    "fewer leaders": ({"leaders": -1}, "expected leaders of 1 or more.* got -1"),
+    "seed": ({"seed": 1.5}, "expected seed of 0 or more, a whole number; got 1.5"),
+    "checkpoint": ({"checkpoint": 3}, "expected checkpoint to be the path of a folder; got 3"),
+}
+
+
+@pytest.fixture(scope="module")
+def study():
+    return observed(LOTKA_VOLTERRA)
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_arguments_are_checked_at_the_door(case, study):
+    options, words = case
+    given = {"study": study, "species": ["A", "B"], "evaluations": 1, "progress": False, **options}
+    with pytest.raises((TypeError, ValueError), match=words):
+        discover(**given)
+
+
+def test_codes_of_levels_are_no_initial_state():
+    frame = pd.DataFrame({"ID": [1, 1, 2, 2], "TIME": [0, 1] * 2, "A": [3.0, 2.0, 3.0, 1.0]})
+    frame["ARM"] = ["x", "x", "y", "y"]
+    study = fm.Study.from_frame(frame, outcome="A", categorical=["ARM"])
+    with pytest.raises(ValueError, match="covariate of numbers; got 'ARM', which is categorical"):
+        data.time_courses(study, ["A"], {"A": "ARM"})
+
+
+BAD_ARMS = {
+    "expected a tuple of one arm or more": lambda: discovery.Union(()),
+    "expected steps of 1 to 100": lambda: discovery.Stepwise(steps=0),
+    "expected generations of 1 to 100, .* got 0": lambda: discovery.Genetic(generations=0),
+    "expected generations of 1 to 100, .* got 3000": lambda: discovery.Genetic(generations=3000),
+    "expected parents of 1 or more": lambda: discovery.GeneticLocal(parents=0),
+}
+
+
+@pytest.mark.parametrize("message", BAD_ARMS)
+def test_arms_that_propose_nothing(message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        BAD_ARMS[message]()
 
 
 def test_errors_are_those_of_the_rates_reported(lotka_volterra):

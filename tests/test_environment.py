@@ -213,8 +213,28 @@ BAD = {
     "expected some reaction that may be added": lambda: environment(
         PAIR, whitelist=["B -> A"], present=["A"]
     ),
-    "expected at most 1 required": lambda: environment(
+    "expected max_reactions above the 2 required": lambda: environment(
         PAIR, required=["0 -> A", "A -> 0"], max_reactions=1
+    ),
+    "expected max_reactions above the 1 required": lambda: environment(
+        PAIR, required=["A -> B"], max_reactions=1
+    ),
+    "expected max_reactions of 1 or more.* got -1": lambda: environment(PAIR, max_reactions=-1),
+    "expected max_steps of 1 or more.* got 0": lambda: environment(PAIR, max_steps=0),
+    r"expected required reactions that can take .*present \(A\).*got B -> A": lambda: environment(
+        PAIR, present=["A"], required=["B -> A"]
+    ),
+    "expected each hidden species once": lambda: environment(PAIR, hidden=["A", "A"]),
+    "expected whitelist as a list": lambda: environment(PAIR, whitelist="A -> B"),
+    "expected blacklist as a list": lambda: environment(PAIR, blacklist="A -> B"),
+    "expected conserved as a list of laws.* got {'A'": lambda: environment(
+        PAIR, conserved={"A": 1, "B": 1}
+    ),
+    r"expected conserved as a list of laws.* got \['A\+B'\]": lambda: environment(
+        PAIR, conserved=["A+B"]
+    ),
+    "expected finite weights in conservation laws": lambda: environment(
+        PAIR, conserved=[{"A": np.nan}]
     ),
 }  # fmt: skip
 

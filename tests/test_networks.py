@@ -13,7 +13,7 @@ from scipy.integrate import solve_ivp
 from scipy.optimize import minimize
 
 import flowme as fm
-from flowme.discovery import Reaction, ReactionNetwork, conserved
+from flowme.discovery import Reaction, ReactionNetwork, conserved, sparsest, up_to_second_order
 from flowme.discovery.draw import bipartite_graph, draw
 
 PREDATION = {"A -> 2A": 1.0, "A + B -> 2B": 0.5, "B -> 0": 0.8}
@@ -88,6 +88,27 @@ def test_written_as_a_chemist_does():
         assert Reaction.parse(str(r)) == r
 
 
+def test_molecules_given_twice_are_summed():
+    assert Reaction((("A", 1), ("A", 1)), {"B": 2.0}) == Reaction.parse("2A -> 2B")
+
+
+def test_names_that_can_be_read_back():
+    reaction = Reaction({"α": 2, "A*": 1}, {"A'": 1, "_1": 3})
+    assert Reaction.parse(str(reaction)) == reaction
+
+
+def test_nothing_has_no_change():
+    assert ReactionNetwork([])(0.0, jnp.zeros(0)).shape == (0,)
+
+
+def test_sparsest_of_rates_of_any_size():
+    """Whose squares are no numbers any more."""
+    for k in (1e-320, 1e300):
+        simple = sparsest(ReactionNetwork({"0 -> A": k, "0 -> 2A": k, "A + B -> 2B": k}))
+        assert list(map(str, simple.reactions)) == ["0 -> A", "A + B -> 2B"]
+        np.testing.assert_allclose(simple.rates, [3 * k, k], rtol=1e-3)
+
+
 # name: reactions, conservation laws
 CONSERVED = {
     "none": (PREDATION, []),
@@ -131,6 +152,14 @@ BAD = {
     ),
     "expected a rate law among": lambda: Reaction((("A", 1),), (), "unknown"),
     "expected a reactant for the rate law": lambda: ReactionNetwork(["0 -> A (hill)"]),
+    "expected names of species .*; got 'my A'": lambda: Reaction((("my A", 1),), ()),
+    "expected names of species .*; got '0'": lambda: ReactionNetwork([], species=["0"]),
+    "expected names of species .*; got '2b'": lambda: up_to_second_order(["A", "2b"]),
+    r"expected whole numbers of molecules.* in products; got \(\('B', 1.5\),\)": lambda: Reaction(
+        (("A", 1),), (("B", 1.5),)
+    ),
+    "expected a list of reactions; got 'A -> B'": lambda: ReactionNetwork("A -> B"),
+    "expected a network with species to draw": lambda: draw(ReactionNetwork([])),
 }
 
 
@@ -263,6 +292,80 @@ def test_sbml_round_trip(sbml):
     assert back.network.parameters == EVERYTHING.parameters
     np.testing.assert_array_equal(back.initial, [0.3, 1.0, 2.0, 0.0])
     assert sbml.to_sbml(*back) == text
+
+
+SYMBOLS = ReactionNetwork(
+    {
+        "time -> B": 0.7,
+        "2inf + nan -> true + INF (hill)": (1.0, 2.0, 1.0),
+        "pi + _K -> α' (michaelis-menten)": (0.0, 3.0),
+        "avogadro -> compartment (hill)": (0.0, 1.0, 1.0),
+    },
+    names=["time", "sin", "n9", "e"],
+)
+
+
+def test_sbml_of_names_that_are_symbols_and_of_laws_that_look_alike(sbml):
+    """A rate of 0 and Hill's n = 1, and species called as what formulas call a constant."""
+    text = sbml.to_sbml(SYMBOLS)
+    back = sbml.from_sbml(text).network
+    assert not any(symbol in text for symbol in ("csymbol", "<pi/>", "<true/>", "<infinity/>"))
+    assert back == SYMBOLS and back.species == SYMBOLS.species
+    assert back.parameters == SYMBOLS.parameters
+
+
+def test_sbml_without_reactions(sbml):
+    network, initial = sbml.from_sbml(sbml.to_sbml(ReactionNetwork([], species=["A"]), [2.0]))
+    assert not network.reactions and network.species == ("A",) and initial == [2.0]
+
+
+def one_law(sbml, law, k='value="2"'):
+    """A -> 0 with a kinetic law of k and K = 3."""
+    import libsbml
+
+    text = sbml.to_sbml(ReactionNetwork({"A -> 0": 1.0}, names=["k"]))
+    math = libsbml.writeMathMLToString(libsbml.parseL3Formula(f"compartment * {law}"))
+    text = text.replace('value="1"', k).replace(
+        "</listOfParameters>", '<parameter id="K" value="3" constant="true"/></listOfParameters>'
+    )
+    head, tail = text.split("<kineticLaw>")[0], text.split("</kineticLaw>")[1]
+    return sbml.from_sbml(f"{head}<kineticLaw>{math.split('?>')[1]}</kineticLaw>{tail}").network
+
+
+def test_a_rate_has_the_name_of_what_it_is(sbml):
+    written = {
+        "k * A": "k = 2",
+        "k * K * A": "k1 = 6",
+        "k * A / K": "k1 = 0.6667",
+        "k * K * A / (K + A)": "k1 = 6, K1 = 3",
+        "K * A / (k + A)": "K = 3, K1 = 2",
+    }
+    assert {law: one_law(sbml, law).written_rate(0) for law in written} == written
+
+
+BAD_SBML = {
+    r"expected initial concentrations of 2 species \(A, B\); got 1": lambda sbml: sbml.to_sbml(
+        ReactionNetwork(["A -> B"]), [1.0]
+    ),
+    "expected initial concentrations of at least 0; got nan of B": lambda sbml: sbml.to_sbml(
+        ReactionNetwork(["A -> B"]), [1.0, np.nan]
+    ),
+    "expected the path of an SBML file, or its text.*'hello', and there is no": lambda sbml: (
+        sbml.from_sbml("hello")
+    ),
+    "expected parameters of at least 0 .*'reaction0'.* got no value of k": lambda sbml: one_law(
+        sbml, "k * A", ""
+    ),
+    "expected parameters of at least 0 .* got -1 of k": lambda sbml: one_law(
+        sbml, "k * A", 'value="-1"'
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_SBML)
+def test_bad_sbml(sbml, message):
+    with pytest.raises(ValueError, match=message):
+        BAD_SBML[message](sbml)
 
 
 def test_sbml_is_simulated_alike_elsewhere(sbml):

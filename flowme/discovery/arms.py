@@ -14,7 +14,10 @@ from typing import Protocol
 
 import numpy as np
 
+from .door import check_whole
 from .memory import Memory
+
+_MOST = 100  # steps or generations of a proposal, which share its structures
 
 
 class Arm(Protocol):
@@ -60,6 +63,10 @@ class Stepwise(_Memoryless):
     starts: int = 2
     steps: int = 12
 
+    def __post_init__(self):
+        check_whole("starts", self.starts, 0)
+        check_whole("steps", self.steps, 1, _MOST)
+
     def propose(self, rng: np.random.Generator, n: int, memory: Memory) -> np.ndarray:
         L, slots = len(memory.problem.library), memory.problem.slots
         begin = [np.zeros(L, bool), *drawn(rng, self.starts, memory.prior, slots)]
@@ -90,6 +97,9 @@ class Genetic(_Memoryless):
 
     generations: int = 8
 
+    def __post_init__(self):
+        check_whole("generations", self.generations, 1, _MOST)
+
     def propose(self, rng: np.random.Generator, n: int, memory: Memory) -> np.ndarray:
         L, slots = len(memory.problem.library), memory.problem.slots
         size = n // self.generations
@@ -119,6 +129,10 @@ class GeneticLocal(_Memoryless):
     parents: int = 24
     around: int = 2
 
+    def __post_init__(self):
+        check_whole("parents", self.parents, 1)
+        check_whole("around", self.around, 0)
+
     def propose(self, rng: np.random.Generator, n: int, memory: Memory) -> np.ndarray:
         L, slots = len(memory.problem.library), memory.problem.slots
         best = np.array([mask(L, s.fit.rows) for s in memory.best(self.parents)])
@@ -138,6 +152,10 @@ class Union:
     """
 
     arms: tuple[Arm, ...]
+
+    def __post_init__(self):
+        if not isinstance(self.arms, tuple | list) or not self.arms:
+            raise ValueError(f"expected a tuple of one arm or more; got {self.arms!r}")
 
     def propose(self, rng: np.random.Generator, n: int, memory: Memory) -> np.ndarray:
         chosen = self.arms if not memory.scored else [self.arms[rng.integers(len(self.arms))]]

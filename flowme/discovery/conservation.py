@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 
 import numpy as np
 
@@ -50,19 +52,28 @@ def non_negative_laws(net: np.ndarray) -> list[Vector]:
     return [shortest(row[reactions:]) for row in rows]
 
 
-def conserving(library: Library, laws: list[Mapping[str, float]]) -> np.ndarray:
+def conserving(library: Library, given: Iterable[Mapping[str, float]]) -> np.ndarray:
     """Reactions of a library that obey all laws, bool [L].
 
     Args:
         library: candidate reactions.
-        laws: weights c of Σ_s c_s x_s.
+        given: laws, weights c of Σ_s c_s x_s.
 
     Raises:
-        ValueError: an unknown species, a law without weights, or laws that no reaction obeys.
+        ValueError: what is no list of laws, an unknown species, a law without weights or with
+            one that is not finite, or laws that no reaction obeys.
     """
+    laws = [given] if isinstance(given, str | Mapping) else list(given)
+    if isinstance(given, str | Mapping) or not all(isinstance(law, Mapping) for law in laws):
+        raise ValueError(
+            "expected conserved as a list of laws, each the weights of species, "
+            f"[{{'E': 1, 'C': 1}}]; got {given!r}"
+        )
     obey = np.ones(len(library), bool)
     for i, law in enumerate(laws):
         check_known(law, library, "species in conservation laws")
+        if not all(isinstance(c, Real) and math.isfinite(c) for c in law.values()):
+            raise ValueError(f"expected finite weights in conservation laws; got {dict(law)}")
         if not any(law.values()):
             raise ValueError(f"expected a conservation law with some weight; got {dict(law)}")
         weights = np.array([law.get(s, 0.0) for s in library.species], float)

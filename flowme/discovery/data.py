@@ -154,11 +154,32 @@ def _known(study: fm.Study, species: tuple[str, ...], initial: Mapping[str, Any]
                     f"expected the initial value of {name} to be a constant covariate of the "
                     f"study, one of {list(study.covariates)}; got {value!r}"
                 )
+            if value in study.levels:
+                raise ValueError(
+                    f"expected the initial value of {name} to be a covariate of numbers; got "
+                    f"{value!r}, which is categorical: {list(study.levels[value])}"
+                )
             value = study.covariates[value]
-        given[:, species.index(name)] = np.asarray(value, float)
-        if not (given[:, species.index(name)] >= 0).all():
-            raise ValueError(f"expected initial values of {name} of at least 0; got {value}")
+        given[:, species.index(name)] = _of_subjects(study, name, value)
     return given
+
+
+def _of_subjects(study: fm.Study, name: str, value: Any) -> np.ndarray:
+    """An initial value, a number or [subject], checked."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu" or array.shape not in ((), (len(study.ids),)):
+        raise ValueError(
+            f"expected the initial value of {name} to be a number, one for each of the "
+            f"{len(study.ids)} subjects, or a covariate's name; got {value!r}"
+        )
+    found = np.broadcast_to(array, len(study.ids))
+    wrong = np.flatnonzero(~((found >= 0) & np.isfinite(found)))
+    if wrong.size:
+        raise ValueError(
+            f"expected initial values of {name} of at least 0, finite; got {found[wrong[0]]:g} for "
+            f"subject {study.ids[wrong[0]]!r}"
+        )
+    return found
 
 
 def _check_names(study: fm.Study, named: Mapping[str, str | None]) -> None:

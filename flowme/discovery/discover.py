@@ -13,6 +13,7 @@ import flowme as fm
 
 from .arms import Arm, GeneticLocal, Stepwise, Union
 from .data import time_courses
+from .door import check
 from .environment import environment
 from .fit import LevenbergMarquardt
 from .journal import Journal
@@ -87,8 +88,15 @@ def discover(
 
     Raises:
         ValueError: for data that are no time courses of concentrations, an empty library,
-            contradictory conservation laws, or a checkpoint of something else.
+            contradictory conservation laws, or a checkpoint of something else; and, or a
+            TypeError, for an argument that is not what it should be.
     """
+    check(
+        study, species, initial=initial, library=library, most_reactions=most_reactions, arm=arm,
+        fit=fit, prior=prior, weights=weights, seconds=seconds, clock=clock,
+        evaluations=evaluations, patience=patience, leaders=leaders, seed=seed,
+        checkpoint=checkpoint,
+    )  # fmt: skip
     courses = time_courses(study, species, initial)
     chosen = _allowed(courses.species, library, conserved, whitelist, blacklist)
     problem = Problem.of(courses, chosen, min(most_reactions, len(chosen)))
@@ -97,7 +105,7 @@ def discover(
     proposer = Union((Stepwise(), GeneticLocal())) if arm is None else arm
     method = LevenbergMarquardt() if fit is None else fit
     budget = Budget(seconds, evaluations, patience)
-    journal = Journal.open(checkpoint, memory, seed, proposer, method)
+    journal = Journal.open(checkpoint, memory, int(seed), proposer, method)
     course = search(proposer, memory, method, rng, budget, journal, progress, clock)
     return conclude(memory, method, leaders, course, seed)
 

@@ -46,6 +46,8 @@ def draw(network: ReactionNetwork, ax: Axes | None = None) -> Figure:
     Returns:
         The figure, to be saved or shown.
     """
+    if not network.species:
+        raise ValueError("expected a network with species to draw; got one without")
     graph = bipartite_graph(network)
     place = _layout(graph)
     extent = np.ptp(np.array(list(place.values())), axis=0) + 2.0

@@ -32,6 +32,7 @@ from jax import Array
 
 from .cone import shortest
 from .conservation import check_known, conserving
+from .door import check_whole
 from .library import Library
 from .reaction import Reaction
 
@@ -117,16 +118,20 @@ def environment(
 
     Raises:
         ValueError: an unknown species or reaction, laws that no reaction obeys, required
-            reactions that are forbidden or parallel, or nothing left to choose.
+            reactions that are forbidden, parallel or cannot take place, or nothing left to choose.
     """
+    check_whole("max_reactions", max_reactions, 1)
+    check_whole("max_steps", max_steps, 1)
     for what, given in (("hidden", hidden), ("present", present or ())):
         check_known(given, library, f"{what} species")
+    if len(set(hidden)) != len(hidden):
+        raise ValueError(f"expected each hidden species once; got {list(hidden)}")
     opened = {s: i + 1 for i, s in enumerate(hidden)}
-    allowed = library.net.any(axis=1) & conserving(library, list(conserved))
+    allowed = library.net.any(axis=1) & conserving(library, conserved)
     if whitelist is not None:
-        allowed &= _among(library, whitelist)
-    allowed &= ~_among(library, blacklist)
-    always = _among(library, required)
+        allowed &= _among(library, whitelist, "whitelist")
+    allowed &= ~_among(library, blacklist, "blacklist")
+    always = _among(library, required, "required")
     masks = {"allowed": allowed, "required": always, "parallel": _parallel(library)}
     _check_required(library, **masks, most=max_reactions)
     level = [max((opened.get(s, 0) for s in r.species), default=0) for r in library.reactions]
@@ -248,14 +253,24 @@ def _parallel(library: Library) -> np.ndarray:
     return numbers[:, None] == numbers[None]
 
 
-def _among(library: Library, reactions: Iterable[Reaction | str]) -> np.ndarray:
+def _among(library: Library, reactions: Iterable[Reaction | str], what: str) -> np.ndarray:
     """Rows of these reactions, bool [L]."""
+    if isinstance(reactions, str | Reaction):
+        raise ValueError(f"expected {what} as a list of reactions; got {reactions!r}")
     rows = np.zeros(len(library), bool)
     rows[[library.index(r) for r in reactions]] = True
     return rows
 
 
 def _check_something_left(env: Environment) -> None:
+    stuck = np.flatnonzero(env.required & ~can_occur(env, env.required))
+    if len(stuck):
+        there = [s for s, p in zip(env.library.species, env.present, strict=True) if p]
+        raise ValueError(
+            "expected required reactions that can take place, from the species present "
+            f"({', '.join(there)}) or what the required reactions make of them; got "
+            f"{env.library.reactions[stuck[0]]}"
+        )
     first = reset(env)._replace(hidden=jnp.asarray(len(env.hidden)))
     if not mask_add(env, first)[: len(env.library)].any():
         raise ValueError(
@@ -277,5 +292,8 @@ def _check_required(
     if len(pairs):
         one, two = (library.reactions[r] for r in pairs[0])
         raise ValueError(f"expected required reactions with different ODEs; got {one} and {two}")
-    if required.sum() > most:
-        raise ValueError(f"expected at most {most} required reactions; got {required.sum()}")
+    if required.sum() >= most:
+        raise ValueError(
+            f"expected max_reactions above the {required.sum()} required reactions, or none could "
+            f"be added; got {most}"
+        )

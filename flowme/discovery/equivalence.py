@@ -151,14 +151,15 @@ def _fewest(
     most: int,
 ) -> dict[Reaction, float]:
     """The fewest, then most plausible reactions whose rates, found too, give the net vector v."""
+    length = float(np.abs(v).max())
+    v = v / length
     for size in range(1, most + 1):
         sets = itertools.combinations(pool, size)
         fitting = [s for s in sets if contains([_vector(r, species) for r in s], v.tolist())]
         if fitting:
             best = min(fitting, key=lambda s: (-sum(map(better, s)), sorted(map(str, s))))
-            length = float(np.linalg.norm(v))
             vectors = np.array([_vector(r, species) for r in best], float)
-            rates, _ = nnls(vectors.T, v / length)
+            rates, _ = nnls(vectors.T, v)
             return dict(zip(best, (rates * length).tolist(), strict=True))
     raise AssertionError("a network has its own net vectors")
 

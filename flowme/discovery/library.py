@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .reaction import Reaction
+from .reaction import Reaction, check_names
 
 
 class Library:
@@ -22,7 +22,10 @@ class Library:
     """
 
     def __init__(self, species: Sequence[str], reactions: Iterable[Reaction | str]):
+        if isinstance(reactions, str):
+            raise ValueError(f"expected a list of reactions; got {reactions!r}: [{reactions!r}]?")
         self.species = tuple(species)
+        check_names(self.species)
         self.reactions = tuple(Reaction.parse(r) if isinstance(r, str) else r for r in reactions)
         if not self.reactions:
             raise ValueError("expected a library of at least one reaction; got an empty one")

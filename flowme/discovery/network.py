@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from .conservation import conserved
-from .reaction import Reaction
+from .reaction import Reaction, check_names
 
 _CONSTANTS = {"mass action": (), "michaelis-menten": ("K",), "hill": ("K", "n")}
 
@@ -68,6 +68,8 @@ class ReactionNetwork:
         species: Sequence[str] | None = None,
         names: Sequence[str] | None = None,
     ):
+        if isinstance(reactions, str):
+            raise ValueError(f"expected a list of reactions; got {reactions!r}: [{reactions!r}]?")
         parsed = tuple(Reaction.parse(r) if isinstance(r, str) else r for r in reactions)
         if isinstance(reactions, Mapping):
             if rates is not None:
@@ -133,6 +135,8 @@ class ReactionNetwork:
         del t
         values = {**self.parameters, **self._of(psi)}
         x = dict(zip(self.species, amount, strict=True))
+        if not self.species:
+            return jnp.zeros_like(jnp.asarray(amount))
         change = dict.fromkeys(self.species, jnp.zeros_like(jnp.asarray(amount[0])))
         for i, r in enumerate(self.reactions):
             k, *constants = (values[name] for name in self.names_of(i))
@@ -257,6 +261,7 @@ def _species(reactions: tuple, given: Sequence[str] | None) -> tuple[str, ...]:
     found = sorted({s for r in reactions for s in r.species})
     if given is None:
         return tuple(found)
+    check_names(given)
     missing = sorted(set(found) - set(given))
     if missing or len(set(given)) != len(given):
         problem = f"without {', '.join(missing)}" if missing else "some twice"

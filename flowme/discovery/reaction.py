@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 LAWS = ("mass action", "michaelis-menten", "hill")
 
 Complex = tuple[tuple[str, int], ...]
 
 _ARROW = re.compile(r"\s*(?:->|→)\s*")
-_TERM = re.compile(r"(\d*)\s*\*?\s*([^\W\d]\w*[*']*)")
+_NAME = r"[^\W\d]\w*[*']*"
+_TERM = re.compile(rf"(\d*)\s*\*?\s*({_NAME})")
 _LAW = re.compile(rf"(.*?)\s*\((\s*(?:{'|'.join(LAWS)})\s*)\)\s*", re.IGNORECASE)
 _NOTHING = ("", "0", "∅")
 
@@ -21,9 +23,13 @@ _NOTHING = ("", "0", "∅")
 class Reaction:
     """A reaction y → y' between complexes of species.
 
-    `reactants` and `products` are sorted tuples of (species, molecules). The rate of "2A + B -> C"
-    is k A² B by mass action. By "michaelis-menten" it is k A / (K + A) and by "hill"
-    k Aⁿ / (Kⁿ + Aⁿ), times its other reactants as in mass action, A being its `substrate`.
+    `reactants` and `products` are sorted tuples of (species, molecules), each species once: what
+    is given twice is summed. A species' name is a letter or _, then letters, digits and _, then
+    any * and ', so that the text of a reaction can be read back: "A", "K3*", "α".
+
+    The rate of "2A + B -> C" is k A² B by mass action. By "michaelis-menten" it is k A / (K + A)
+    and by "hill" k Aⁿ / (Kⁿ + Aⁿ), times its other reactants as in mass action, A being its
+    `substrate`.
     Two reactions are equal when they are the same chemistry, whatever the order of writing.
     """
 
@@ -33,11 +39,7 @@ class Reaction:
 
     def __post_init__(self):
         for side in ("reactants", "products"):
-            value = getattr(self, side)
-            items = value.items() if isinstance(value, Mapping) else value
-            object.__setattr__(self, side, tuple(sorted((str(s), int(n)) for s, n in items if n)))
-            if any(n < 0 for _, n in getattr(self, side)):
-                raise ValueError(f"expected molecules >= 0 in {side}; got {value}")
+            object.__setattr__(self, side, _counted(getattr(self, side), side))
         if self.law not in LAWS:
             raise ValueError(f"expected a rate law among {', '.join(LAWS)}; got {self.law!r}")
         if self.law != "mass action" and not self.reactants:
@@ -94,6 +96,34 @@ class Reaction:
         return f"{written(self.reactants)} -> {written(self.products)}{law}"
 
 
+def is_name(text: Any) -> bool:
+    """Whether it can be the name of a species, which the text of a reaction gives back."""
+    return isinstance(text, str) and re.fullmatch(_NAME, text) is not None
+
+
+def check_names(species: Iterable[Any]) -> None:
+    """Refuses names of species that could not be read back from the text of a reaction."""
+    for name in species:
+        if not is_name(name):
+            raise ValueError(
+                "expected names of species of letters, digits and _, not a digit first, with * or "
+                f"' at the end if at all, such as 'A', 'my_A' or 'K3*'; got {name!r}"
+            )
+
+
+def _counted(side: Any, what: str) -> Complex:
+    """Molecules by species, sorted; of a mapping or of pairs, checked."""
+    counts: Counter[str] = Counter()
+    for s, n in side.items() if isinstance(side, Mapping) else side:
+        check_names([s])
+        if not n >= 0 or n != n // 1:
+            raise ValueError(
+                f"expected whole numbers of molecules, 0 or more, in {what}; got {side}"
+            )
+        counts[s] += int(n)
+    return tuple(sorted((s, n) for s, n in counts.items() if n))
+
+
 def _complex(side: str, text: str) -> Complex:
     counts: Counter[str] = Counter()
     if side.strip() in _NOTHING:
@@ -106,7 +136,7 @@ def _complex(side: str, text: str) -> Complex:
                 f"got {term.strip()!r} in {text!r}"
             )
         counts[match[2]] += int(match[1] or 1)
-    return tuple(sorted(counts.items()))
+    return tuple(counts.items())
 
 
 def written(complex_: Complex) -> str:

@@ -45,8 +45,17 @@ def log_prior(library: Library, weight: Callable[[Reaction], float] = plausibili
     library something always fits the noise.
 
     Reference: Chen & Chen, Biometrika 95 (2008) 759.
+
+    Raises:
+        ValueError: a weight that is not finite.
     """
     logs = np.array([weight(r) for r in library.reactions], float)
+    wrong = np.flatnonzero(~np.isfinite(logs))
+    if wrong.size:
+        raise ValueError(
+            f"expected a prior with finite log weights; got {logs[wrong[0]]} of "
+            f"{library.reactions[wrong[0]]}. To forbid a reaction, put it on the blacklist."
+        )
     return logs - np.logaddexp.reduce(logs)
 
 

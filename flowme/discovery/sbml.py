@@ -5,6 +5,7 @@ Reference: Keating et al., Mol Syst Biol 16 (2020) e9110: SBML level 3.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,8 @@ except ImportError as error:
     ) from error
 
 from .network import ReactionNetwork
-from .reaction import Reaction
-from .sbml_formula import formula, parse, recognise
+from .reaction import Reaction, is_name
+from .sbml_formula import formula, names_in, parse, recognise
 
 _UNSUPPORTED = {
     "events": "getNumEvents",
@@ -43,12 +44,17 @@ class SBMLModel(NamedTuple):
 def to_sbml(network: ReactionNetwork, initial: Sequence[float] | None = None) -> str:
     """The network as SBML (level 3, version 2), in one compartment of volume 1.
 
+    Names that are no identifiers of SBML, such as "K3*", are written as names beside them.
+
     Args:
         network: what to write.
         initial: concentrations of the species at time 0, [state]; 0 if None.
 
     Returns:
         The text of the file: `Path("network.xml").write_text(to_sbml(network))`.
+
+    Raises:
+        ValueError: not one initial concentration of each species, finite and at least 0.
     """
     document = libsbml.SBMLDocument(3, 2)
     model = document.createModel()
@@ -56,10 +62,10 @@ def to_sbml(network: ReactionNetwork, initial: Sequence[float] | None = None) ->
     cell = ids["compartment", ""]
     _set(model.createCompartment(), Id=cell, Constant=True, Size=1.0, SpatialDimensions=3.0)
     start = [0.0] * len(network.species) if initial is None else list(initial)
-    for name, x in zip(network.species, start, strict=True):
+    for name, x in zip(network.species, _concentrations(start, network.species), strict=True):
         _set(
             model.createSpecies(), Id=ids["species", name], Name=name, Compartment=cell,
-            InitialConcentration=float(x), HasOnlySubstanceUnits=False, BoundaryCondition=False,
+            InitialConcentration=x, HasOnlySubstanceUnits=False, BoundaryCondition=False,
             Constant=False,
         )  # fmt: skip
     for name, value in network.parameters.items():
@@ -71,7 +77,7 @@ def to_sbml(network: ReactionNetwork, initial: Sequence[float] | None = None) ->
         _write_sides(written, reaction, ids)
         own = [ids["parameter", name] for name in network.names_of(i)]
         law = formula(reaction, own, {s: ids["species", s] for s in reaction.species})
-        written.createKineticLaw().setMath(parse(f"{cell} * {law}"))
+        written.createKineticLaw().setMath(parse(f"{cell} * {law}", model))
     return libsbml.writeSBMLToString(document)
 
 
@@ -81,20 +87,30 @@ def from_sbml(source: str | Path) -> SBMLModel:
     A law is recognised by what it computes, however it is written, if that is mass action,
     Michaelis-Menten or Hill in the reactants. Local parameters, function definitions and initial
     assignments are worked out. A modifier becomes a catalyst, on both sides of its reaction.
+    Species have the names of the file, or its identifiers where a name cannot stand in the text
+    of a reaction. A rate has the name of a parameter that is it; k1, k2, ... where none is. A file
+    without reactions is a network without reactions.
 
     Args:
         source: path of a file, or its text.
 
     Raises:
-        ValueError: not valid SBML, or what a `ReactionNetwork` cannot say: events, rules, several
-            compartments, species held constant, other laws. The message names the element.
+        ValueError: no such file, not valid SBML, or what a `ReactionNetwork` cannot say: events,
+            rules, several compartments, species held constant, other laws. The message names the
+            element.
     """
     text = str(source)
     is_text = text.lstrip().startswith("<")
+    if not is_text and not os.path.isfile(text):
+        raise ValueError(
+            f"expected the path of an SBML file, or its text, which begins with '<'; got "
+            f"{text[:80]!r}, and there is no such file"
+        )
     document = libsbml.readSBMLFromString(text) if is_text else libsbml.readSBMLFromFile(text)
     if document.getNumErrors(libsbml.LIBSBML_SEV_ERROR) or document.getModel() is None:
         problem = document.getError(0).getMessage() if document.getNumErrors() else "no model"
-        raise ValueError(f"expected a valid SBML model; got: {' '.join(problem.split())}")
+        where = "" if is_text else f" in {text!r}"
+        raise ValueError(f"expected a valid SBML model{where}; got: {' '.join(problem.split())}")
     for conversion in _WORKED_OUT:
         properties = libsbml.ConversionProperties()
         properties.addOption(conversion, True)
@@ -108,29 +124,50 @@ def _network(model: Any) -> SBMLModel:
     """The network of a model that `_check_supported` let pass."""
     species = list(model.getListOfSpecies())
     names = {s.getId(): s.getName() or s.getId() for s in species}
-    if len(set(names.values())) < len(names) or not all(map(_readable, names.values())):
+    if len(set(names.values())) < len(names) or not all(map(is_name, names.values())):
         names = {identifier: identifier for identifier in names}
     volume = model.getCompartment(0).getSize() if model.getNumCompartments() else 1.0
     parameters = list(model.getListOfParameters())
-    values = {p.getId(): p.getValue() for p in parameters}
+    values = {p.getId(): p.getValue() if p.isSetValue() else np.nan for p in parameters}
     sizes = {c.getId(): c.getSize() for c in model.getListOfCompartments()}
-    called = {p.getId(): p.getName() or p.getId() for p in parameters}
     found: dict[Reaction, tuple[float, ...]] = {}
     rates = []
-    for i, written in enumerate(model.getListOfReactions()):
-        reaction, constants, name = _reaction(written, names, values, sizes)
+    for written in model.getListOfReactions():
+        reaction, constants, factors = _reaction(written, names, values, sizes)
         if reaction in found:
             raise ValueError(f"expected each reaction once; got {reaction} twice in the SBML")
         # A law is an amount per time, in SBML; here it is a concentration per time.
         k = constants[0] / volume
-        if name is not None and abs(values[name] - k) <= 1e-9 * k:
-            k = values[name]  # without the rounding of the products
-        found[reaction] = (k, *constants[1:])
-        rates.append(f"k{i + 1}" if name is None else called[name])
-    if len(set(rates)) < len(rates) or any(re.fullmatch(r"[Kn]\d+", name) for name in rates):
-        rates = [f"k{i + 1}" for i in range(len(rates))]  # one parameter of two reactions
-    initial = np.array([_initial(s, volume) for s in species])
-    return SBMLModel(ReactionNetwork(found, species=list(names.values()), names=rates), initial)
+        rate = next((name for name in factors if abs(values[name] - k) <= 1e-9 * k), None)
+        # A parameter's value is without the rounding of the products.
+        found[reaction] = (k if rate is None else values[rate], *constants[1:])
+        rates.append(rate)
+    called = {p.getId(): p.getName() or p.getId() for p in parameters}
+    reserved = {f"{c}{i + 1}" for i, own in enumerate(found.values()) for c in "Kn"[: len(own) - 1]}
+    initial = [_initial(s, volume) for s in species]
+    return SBMLModel(
+        ReactionNetwork(
+            found, species=list(names.values()), names=_rate_names(rates, called, reserved)
+        ),
+        np.array(_concentrations(initial, list(names.values()))),
+    )
+
+
+def _rate_names(
+    rates: Sequence[str | None], called: Mapping[str, str], reserved: set[str]
+) -> list[str]:
+    """Names of the rates: of the parameter that is the rate of one reaction, and of it alone, but
+    those of constants; otherwise k1, k2, ..., with _ if the file has another parameter so named."""
+    own = [None if name is None else called[name] for name in rates]
+    twice = {name for name in own if own.count(name) > 1}
+    names: list[str] = []
+    for i, name in enumerate(own):
+        if name is None or name in twice or name in reserved:
+            name = f"k{i + 1}"
+            while name in called.values() or name in names:
+                name += "_"
+        names.append(name)
+    return names
 
 
 def _reaction(
@@ -138,7 +175,8 @@ def _reaction(
     names: Mapping[str, str],
     values: Mapping[str, float],
     sizes: Mapping[str, float],
-) -> tuple[Reaction, tuple[float, ...], str | None]:
+) -> tuple[Reaction, tuple[float, ...], list[str]]:
+    """What `recognise` finds in a reaction of the file."""
     reactants, products = Counter[str](), Counter[str]()
     for side, references in (
         (reactants, written.getListOfReactants()),
@@ -155,12 +193,24 @@ def _reaction(
     ids = {name: identifier for identifier, name in names.items()}
     found = recognise(law, reactants, products, ids, values, sizes)
     if found is None:
-        raise ValueError(
-            "expected a rate by mass action, Michaelis-Menten or Hill in the reactants of reaction "
-            f"{written.getId()!r}; got {libsbml.formulaToL3String(law)}. A reversible reaction "
-            "must be written as two"
-        )
+        raise ValueError(_unrecognised(written.getId(), law, values))
     return found
+
+
+def _unrecognised(reaction: str, law: Any, values: Mapping[str, float]) -> str:
+    """Why a law is none of those that a network has."""
+    text = libsbml.formulaToL3String(law)
+    for name in sorted(names_in(law) & values.keys()):
+        if not values[name] >= 0:
+            got = "no value" if np.isnan(values[name]) else f"{values[name]:g}"
+            return (
+                f"expected parameters of at least 0 in the law of reaction {reaction!r}, {text}; "
+                f"got {got} of {name}"
+            )
+    return (
+        "expected a rate by mass action, Michaelis-Menten or Hill in the reactants of reaction "
+        f"{reaction!r}; got {text}. A reversible reaction must be written as two"
+    )
 
 
 def _molecules(written: Any, reference: Any) -> int:
@@ -179,6 +229,21 @@ def _initial(species: Any, volume: float) -> float:
     if species.isSetInitialConcentration():
         return float(species.getInitialConcentration())
     return float(species.getInitialAmount()) / volume if species.isSetInitialAmount() else 0.0
+
+
+def _concentrations(initial: Sequence[Any], species: Sequence[str]) -> list[float]:
+    """Initial concentrations [state], checked."""
+    names = ", ".join(species)
+    if len(initial) != len(species):
+        raise ValueError(
+            f"expected initial concentrations of {len(species)} species ({names}); got "
+            f"{len(initial)}: {list(initial)}"
+        )
+    values = [float(x) for x in initial]
+    for name, x in zip(species, values, strict=True):
+        if not 0 <= x < np.inf:
+            raise ValueError(f"expected initial concentrations of at least 0; got {x:g} of {name}")
+    return values
 
 
 def _check_supported(model: Any) -> None:
@@ -226,14 +291,6 @@ def _identifiers(network: ReactionNetwork) -> dict[tuple[str, str], str]:
             text += "_"
         ids[kind, name] = text
     return ids
-
-
-def _readable(name: str) -> bool:
-    """Whether a species' name can stand in the text of a reaction."""
-    try:
-        return Reaction.parse(f"0 -> {name}").species == (name,)
-    except ValueError:
-        return False
 
 
 def _set(element: Any, **attributes: Any) -> None:

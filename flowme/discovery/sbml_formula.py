@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import libsbml
@@ -38,9 +38,10 @@ def formula(reaction: Reaction, parameters: Sequence[str], ids: Mapping[str, str
     return " * ".join(factors)
 
 
-def parse(text: str) -> Any:
-    """The syntax tree of an infix formula."""
-    return libsbml.parseL3Formula(text)
+def parse(text: str, model: Any = None) -> Any:
+    """The syntax tree of an infix formula. What the model names is that, though it be called
+    `time` or `pi`."""
+    return libsbml.parseL3FormulaWithModel(text, model)
 
 
 def evaluate(tree: Any, values: Mapping[str, Any]) -> Any:
@@ -78,11 +79,12 @@ def recognise(
     ids: Mapping[str, str],
     parameters: Mapping[str, float],
     sizes: Mapping[str, float],
-) -> tuple[Reaction, tuple[float, ...], str | None] | None:
+) -> tuple[Reaction, tuple[float, ...], list[str]] | None:
     """The reaction whose law, as `formula` writes it, is what a syntax tree computes.
 
     The tree must be proportional to it at random concentrations, with the law's constants among
-    the numbers and parameters in the tree.
+    the numbers and parameters in the tree. With a rate of 0 or Hill's n = 1 laws are alike: that
+    is taken which the tree has when the parameter of this value has another.
 
     Args:
         tree: a kinetic law.
@@ -93,38 +95,74 @@ def recognise(
         sizes: those of compartments.
 
     Returns:
-        The reaction, its k, K, n, and the name that stands for k, if one does; None if there
-        is no such law.
+        The reaction, its k, K, n, and the names of the parameters to which the rate is
+        proportional; None if there is no such law.
     """
-    named = sorted(_names(tree) & parameters.keys())
-    candidates = sorted({1.0, *(parameters[name] for name in named), *_numbers(tree)})
-    points = dict(zip(ids.values(), _points(len(ids), candidates), strict=True))
 
-    def rates_with(**changed: float) -> np.ndarray:
-        return evaluate(tree, {**sizes, **parameters, **changed, **points})
+    named = sorted(names_in(tree) & parameters.keys())
 
+    def law_at(**changed: float) -> tuple[Reaction, tuple[float, ...]] | None:
+        now = {**parameters, **changed}
+        candidates = sorted({1.0, *(now[name] for name in named), *_numbers(tree)})
+        return _matching(tree, reactants, products, ids, {**sizes, **now}, candidates)
+
+    found = law_at()
+    if found is None:
+        return None
+    reaction, (k, *constants) = found
+    shown = {name: 1.0 for name in named if k == 0 == parameters[name]}
+    positive = law_at(**shown)
+    if positive:
+        reaction, (_, *constants) = positive
+    for name in [name for name in named if parameters[name] == 1]:
+        steeper = law_at(**{**shown, name: 2.0})
+        if steeper and steeper[1][1:] == (*constants, 2.0):
+            reaction, constants = steeper[0], [*constants, 1.0]
+    factors = _factors(tree, named, ids, {**sizes, **parameters, **shown})
+    return reaction, (k, *constants), factors
+
+
+def _matching(
+    tree: Any,
+    reactants: Mapping[str, int],
+    products: Mapping[str, int],
+    ids: Mapping[str, str],
+    values: Mapping[str, float],
+    candidates: Sequence[float],
+) -> tuple[Reaction, tuple[float, ...]] | None:
+    """The first law that a tree is proportional to, and its k, K, n; K and n of the candidates."""
+    points = _points(len(ids), candidates)
+    rates = evaluate(tree, {**values, **dict(zip(ids.values(), points, strict=True))})
+    x = {s: f"_x{i}" for i, s in enumerate(ids)}
     for law in LAWS if reactants else LAWS[:1]:
         reaction = Reaction(tuple(reactants.items()), tuple(products.items()), law)
-        unit = parse(formula(reaction, ("1", "_K", "_n")[: 1 + LAWS.index(law)], ids))
+        unit = parse(formula(reaction, ("1", "_K", "_n")[: 1 + LAWS.index(law)], x))
         for constants in _constants(law, candidates):
-            given = dict(zip(("_K", "_n"), constants, strict=False))
+            given = dict(zip((*x.values(), "_K", "_n"), (*points, *constants), strict=False))
             with np.errstate(all="ignore"):  # what is no number is no match
-                ratio = rates_with() / evaluate(unit, {**points, **given})
+                ratio = rates / evaluate(unit, given)
             k = np.mean(ratio)
             if k >= 0 and np.ptp(ratio) <= _ROUNDING * k:
-                return reaction, (float(k), *constants), _factor(named, parameters, rates_with)
+                return reaction, (float(k), *constants)
     return None
 
 
-def _factor(
-    named: Sequence[str], parameters: Mapping[str, float], rates_with: Callable[..., np.ndarray]
-) -> str | None:
-    """The parameter that doubles the rate where it is doubled."""
-    for name in named:
-        doubled = rates_with(**{name: 2 * parameters[name]})
-        if np.allclose(doubled, 2 * rates_with(), rtol=_ROUNDING, atol=0):
-            return name
-    return None
+def _factors(
+    tree: Any, named: Sequence[str], ids: Mapping[str, str], values: Mapping[str, float]
+) -> list[str]:
+    """The parameters that double the rate where they are doubled."""
+    points = dict(zip(ids.values(), _points(len(ids), [1.0]), strict=True))
+    rates = evaluate(tree, {**values, **points})
+    return [
+        name
+        for name in named
+        if np.allclose(
+            evaluate(tree, {**values, **points, name: 2 * values[name]}),
+            2 * rates,
+            rtol=_ROUNDING,
+            atol=0,
+        )
+    ]
 
 
 def _points(species: int, scales: Sequence[float]) -> np.ndarray:
@@ -148,9 +186,10 @@ def _constants(law: str, candidates: Sequence[float]) -> Iterator[tuple[float, .
             yield K ** (1 / n), n
 
 
-def _names(tree: Any) -> set[str]:
+def names_in(tree: Any) -> set[str]:
+    """Names in a syntax tree, but those of functions."""
     own = {tree.getName()} if tree.getType() == libsbml.AST_NAME else set()
-    return own.union(*(_names(tree.getChild(i)) for i in range(tree.getNumChildren())))
+    return own.union(*(names_in(tree.getChild(i)) for i in range(tree.getNumChildren())))
 
 
 def _numbers(tree: Any) -> set[float]:
