@@ -263,7 +263,8 @@ def _among(library: Library, reactions: Iterable[Reaction | str], what: str) -> 
 
 
 def _check_something_left(env: Environment) -> None:
-    stuck = np.flatnonzero(env.required & ~can_occur(env, env.required))
+    occurs = np.asarray(jax.jit(can_occur)(env, env.required))
+    stuck = np.flatnonzero(np.asarray(env.required) & ~occurs)
     if len(stuck):
         there = [s for s, p in zip(env.library.species, env.present, strict=True) if p]
         raise ValueError(
@@ -272,7 +273,8 @@ def _check_something_left(env: Environment) -> None:
             f"{env.library.reactions[stuck[0]]}"
         )
     first = reset(env)._replace(hidden=jnp.asarray(len(env.hidden)))
-    if not mask_add(env, first)[: len(env.library)].any():
+    may = jax.jit(mask_add)(env, first)  # one program, not one for each operation
+    if not may[: len(env.library)].any():
         raise ValueError(
             "expected some reaction that may be added; got none that the conservation laws, the "
             "whitelist, the blacklist, the required reactions and the species present leave"

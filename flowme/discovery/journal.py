@@ -70,7 +70,7 @@ class Journal:
             "data and known states": _digest(problem.courses),
             "most reactions": problem.slots,
             "prior": np.round(memory.prior, 9).tolist(),
-            "weights": list(memory.weights),
+            "weights": [float(w) for w in memory.weights],
             "arm": _settings(arm),
             "fit": _settings(fit),
         }

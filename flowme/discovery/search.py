@@ -73,8 +73,6 @@ def search(
     Returns:
         How the search went.
     """
-    if not budget.seconds > 0 or (budget.evaluations is not None and budget.evaluations < 1):
-        raise ValueError(f"expected a budget above 0; got {budget}")
     course = journal.restore(memory, rng, arm)
     journal.keep(memory, rng, arm, course)
     begun = clock() - course.seconds
