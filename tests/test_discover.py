@@ -3,6 +3,7 @@
 import inspect
 import time
 import warnings
+from dataclasses import replace
 
 import jax
 import matplotlib.pyplot as plt
@@ -14,7 +15,6 @@ from networks import LOTKA_VOLTERRA, MICHAELIS_MENTEN, SIR, observed
 import flowme as fm
 from flowme import discovery
 from flowme.discovery import data, discover, fit, memory, problem, search
-from flowme.discovery.result import rate_unit
 
 
 def found(case, **options):
@@ -434,17 +434,11 @@ def test_a_small_library_is_fitted_as_a_whole(allowed):
 
 
 def test_rates_have_units(lotka_volterra):
-    result, _, _ = lotka_volterra
-    assert result.rates.loc[1, "unit"].to_dict()["A -> 2A"] == "1/h"
-    units = {"A": "mM", "B": "mM", "time": "h"}
-    expected = {
-        "0 -> A": "mM/h",
-        "A -> B": "1/h",
-        "A + B -> 2B": "1/(mM h)",
-        "A + B -> 0": "1/(mM h)",
-    }
+    result, _, _ = lotka_volterra  # units of time and of A are stated, B's is not
+    units = result.rates.loc[1, "unit"].to_dict()
+    assert units == {"A -> 2A": "1/h", "B -> 0": "1/h", "A + B -> 2B": ""}
+    assert result.to_arviz(draws=4).posterior.attrs["unit of A -> 2A"] == "1/h"
+    courses = replace(result.memory.problem.courses, units={"A": "mM", "B": "mM", "time": "h"})
+    expected = {"0 -> A": "mM/h", "A -> B": "1/h", "A + B -> 2B": "1/(mM h)"}
     for reaction, unit in expected.items():
-        parsed = discovery.Reaction.parse(reaction)
-        assert rate_unit(parsed, units) == unit
-        assert rate_unit(parsed, {**units, "time": ""}) == ""
-    assert rate_unit(discovery.Reaction.parse("A + B -> 2B"), {**units, "B": "pM"}) == ""
+        assert courses.unit(discovery.Reaction.parse(reaction)) == unit

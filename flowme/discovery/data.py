@@ -11,6 +11,7 @@ import numpy as np
 import flowme as fm
 
 from .library import Library
+from .reaction import Reaction
 
 _RANGE = 1e6  # of one species' concentrations, beyond which an additive error sees the largest only
 
@@ -66,6 +67,17 @@ class TimeCourses:
         κ_r = k_r T c^(y_r) / u_r and u_r is the geometric mean of the c_s that r changes.
         """
         return self._amount(library) / (self.duration * np.prod(self.scale**library.consumed, 1))
+
+    def unit(self, reaction: Reaction) -> str:
+        """Unit of a rate constant, such as "1/(mM h)"; empty where a unit is not stated, or the
+        species have several."""
+        of = {self.units.get(s, "") for s in reaction.species}
+        time, order = self.units.get("time", ""), sum(n for _, n in reaction.reactants)
+        if not time or (order != 1 and (len(of) != 1 or "" in of)):
+            return ""
+        unit = next(iter(of), "")
+        power = unit if order <= 2 else f"{unit}^{order - 1}"
+        return {0: f"{unit}/{time}", 1: f"1/{time}"}.get(order, f"1/({power} {time})")
 
     def net(self, library: Library) -> np.ndarray:
         """(u_r / c_s) N_rs, the change of the scaled species by each reaction, [L, S]."""

@@ -273,8 +273,7 @@ def _check_something_left(env: Environment) -> None:
             f"{env.library.reactions[stuck[0]]}"
         )
     first = reset(env)._replace(hidden=jnp.asarray(len(env.hidden)))
-    may = jax.jit(mask_add)(env, first)  # one program, not one for each operation
-    if not may[: len(env.library)].any():
+    if not jax.jit(mask_add)(env, first)[: len(env.library)].any():  # all in one program
         raise ValueError(
             "expected some reaction that may be added; got none that the conservation laws, the "
             "whitelist, the blacklist, the required reactions and the species present leave"

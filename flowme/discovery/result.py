@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,6 @@ from .journal import Course
 from .memory import Memory, Path, Scored
 from .network import ReactionNetwork
 from .picture import against_data
-from .reaction import Reaction
 from .robustness import Robustness, held_out, stable
 
 _LIKELY = 9.2  # nats behind the best within which structures count: a weight of 1e-4
@@ -240,10 +238,10 @@ def _row(
 
 def _rates(memory: Memory, fit: Estimate) -> pd.DataFrame:
     """Rates with their standard errors by the delta method; infinite where not determined."""
-    found, units = network(memory, fit), memory.problem.courses.units
+    found = network(memory, fit)
     log_se = np.sqrt(np.diag(covariance(fit.information)))
     rates = np.array(found.rates, float)
-    unit = [rate_unit(r, units) for r in found.reactions]
+    unit = [memory.problem.courses.unit(r) for r in found.reactions]
     return pd.DataFrame(
         {"rate": rates, "se": rates * log_se, "log_se": log_se, "unit": unit},
         index=pd.Index([str(r) for r in found.reactions], name="reaction"),
@@ -259,23 +257,6 @@ def _inclusion(memory: Memory, distinct: list[Scored], probability: np.ndarray) 
         ascending=False, kind="stable"
     )
     return ordered[ordered > 0]
-
-
-def rate_unit(reaction: Reaction, units: Mapping[str, str]) -> str:
-    """Unit of a rate, such as "1/(mM h)"; empty where a unit is not stated, or the species have
-    several.
-
-    Args:
-        reaction: by mass action.
-        units: of each species, and of "time".
-    """
-    of = {units.get(s, "") for s in reaction.species}
-    time, order = units.get("time", ""), sum(n for _, n in reaction.reactants)
-    if not time or (order != 1 and (len(of) != 1 or "" in of)):
-        return ""
-    unit = next(iter(of), "")
-    power = unit if order <= 2 else f"{unit}^{order - 1}"
-    return f"1/{time}" if order == 1 else f"{unit}/{time}" if order == 0 else f"1/({power} {time})"
 
 
 def _posterior(found: Discovery, rng: np.random.Generator, draws: int) -> xr.Dataset:
