@@ -9,8 +9,10 @@ from scipy.special import logsumexp
 
 import flowme as fm
 from flowme.infer.conditional import _cholesky, find
+from flowme.infer.evaluate import evaluate
 from flowme.infer.joint import Joint
-from flowme.infer.marginal import estimate_marginal
+from flowme.infer.marginal import by_quadrature, estimate_marginal
+from flowme.infer.newton import newton_of
 
 THETA = {"V": 89.3, "CL": 19.9, "b": 0.415, "eta_omega": [0.365, 0.423]}
 
@@ -66,6 +68,20 @@ def test_modes_on_ridges_are_found_and_the_integral_is_right():
     error = np.abs(marginal.log_likelihood - exact(study))
     assert np.all(error < 4.5 * marginal.standard_error + 1e-3)
     assert np.max(marginal.standard_error) < 0.02 and not marginal.messages
+
+
+def test_quadrature_says_how_far_off_it_may_be():
+    """All 104 patients: by modes and curvatures alone 15 x 15 nodes are .18 too low, and 13 x 13
+    differ from them by .08."""
+    study = fm.datasets.isoniazid(censored=False)
+    joint = Joint.of(clearance, study)
+    theta = np.asarray(joint.unconstrain({n: np.asarray(x) for n, x in THETA.items()}))
+    engine = newton_of(joint, theta, {}, study, use_priors=False).engine
+    key = jax.random.key(0)
+    found = evaluate(engine, key, theta, {}, study, order=9, steps=20)
+    marginal = by_quadrature(engine, theta, study, found, 9)
+    error = np.sum(marginal.log_likelihood - exact(study))
+    assert abs(error) < 0.05 < marginal.standard_error.sum() < 0.3
 
 
 def test_a_bound_in_single_precision_is_finite():

@@ -93,6 +93,7 @@ def evaluate(
     steps: int = 2,
     chunk: int = CHUNK,
     counts: np.ndarray | None = None,
+    around: Conditional | None = None,
 ) -> Evaluation:
     """The marginal log-likelihood at θ with its derivatives, those of Σ_i c_i log p(y_i; θ).
 
@@ -108,6 +109,8 @@ def evaluate(
         steps: Newton steps towards the modes.
         chunk: subjects in one call of the compiled program.
         counts: how often each subject counts, c_i, `[subject]`; once by default.
+        around: where nodes are placed; by default around the modes, which are then looked for.
+            Where it is not finite, too.
     """
     counts = np.ones(study.subjects.size) if counts is None else np.asarray(counts, float)
     many = study.subjects.size > 4 * chunk
@@ -117,9 +120,11 @@ def evaluate(
         rule = _rule(engine.joint.effect_size, order)
         one = jax.tree.map(lambda x: x[:1], study)
         law = jax.tree.map(np.asarray, _gaussian_law(engine, theta, weights, one))
-    modes = np.zeros((len(counts), engine.joint.effect_size)) if start is None else start
+    size = engine.joint.effect_size
+    modes = np.zeros((len(counts), size)) if start is None else start
+    given = around or Conditional(modes, np.full((len(counts), size, size), np.nan))
     shared = key, theta, weights, scouts, steps, rule, law
-    each, sums = by_chunk(_evaluate, engine, shared, (study, modes, counts), chunk)
+    each, sums = by_chunk(_evaluate, engine, shared, (study, modes, counts, given), chunk)
     return Evaluation(*each, *sums)
 
 
@@ -148,9 +153,14 @@ class _Sums(NamedTuple):
 def _evaluate(engine, shared, chunk) -> tuple[tuple, tuple]:
     """`evaluate` for one chunk: what is of each subject, and the sums."""
     key, theta, weights, scouts, steps, rule, law = shared
-    number, real, (study, start, counts) = chunk
+    number, real, (study, start, counts, given) = chunk
     key, counts = jax.random.fold_in(key, number), real * counts
     conditional = locate(engine.joint, theta, weights, study, start, scouts, steps)
+    usable = jnp.all(jnp.isfinite(given.scale_tril), (1, 2))
+    conditional = Conditional(
+        jnp.where(usable[:, None], given.mean, conditional.mean),
+        jnp.where(usable[:, None, None], given.scale_tril, conditional.scale_tril),
+    )
     if engine.points:
         found = _by_importance(engine, key, theta, weights, study, conditional)
     else:

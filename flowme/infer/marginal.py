@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import logsumexp
 
-from flowme.infer.conditional import find, importance, likelihood_at, population_law
+from flowme.infer.conditional import (
+    Conditional,
+    find,
+    importance,
+    likelihood_at,
+    population_law,
+)
 from flowme.infer.evaluate import CHUNK, LARGEST, Engine, Evaluation, evaluate, next_order
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
@@ -148,33 +154,49 @@ def by_quadrature(
 
     From the rule of `order`, with which `found` was evaluated (and `finer` with the next one, if
     that was done already), orders rise by two until the total changes by less than `tolerance`,
-    or to the highest that the engine has room for; the error is the last change. Of a study beyond
-    four chunks the change is found on one chunk of subjects, spread over it, and the values stay
-    those of `order`.
+    or to the highest that the engine has room for. Nodes are placed by mode and curvature of the
+    conditional distributions up to here, and for the value reported by their mean and covariance
+    (Naylor & Smith 1982), which are better where they are far from Gaussian: a ridge. The error is
+    the difference of the two, or the last change if that is larger. Of a study beyond four chunks
+    the change is found on one chunk of subjects, spread over it, and the values stay those of
+    `order`.
     """
-
-    def values(study: Study, modes: np.ndarray, order: int) -> np.ndarray:
-        at = evaluate(
-            engine, jax.random.key(0), theta, {}, study, modes, order=order, chunk=chunk
-        )  # fmt: skip
-        return at.log_likelihood
-
+    at = partial(evaluate, engine, jax.random.key(0), theta, {}, chunk=chunk)
     most, size = LARGEST[engine.joint.effect_size], study.subjects.size
-    now, modes = found.log_likelihood, found.conditional.mean
+    modes = found.conditional.mean
     text = "adaptive Gauss-Hermite quadrature, {} nodes per effect"
     if size > 4 * chunk:
         some = spread(size, chunk)
-        change = values(study.subset(some), modes[some], most) - now[some]
+        best = at(study.subset(some), modes[some], order=most).log_likelihood
         # Such that the total, which is off by `size` times the mean change, has this error.
-        error = np.full(size, np.sqrt(size) * abs(np.mean(change)))
-        return MarginalLikelihood(now, error, text.format(order))
+        error = np.full(size, np.sqrt(size) * abs(np.mean(best - found.log_likelihood[some])))
+        return MarginalLikelihood(found.log_likelihood, error, text.format(order))
     error = np.full(size, np.inf)
-    while order < most and np.all(np.isfinite(now)) and not error.sum() < tolerance:
-        order, before = next_order(engine.joint.effect_size, order), now
-        now = values(study, modes, order) if finer is None else finer.log_likelihood
+    while order < most and _finite(found) and not error.sum() < tolerance:
+        order, before = next_order(engine.joint.effect_size, order), found
+        found = at(study, modes, order=order) if finer is None else finer
         finer = None
-        error = np.abs(now - before)
-    return MarginalLikelihood(now, error, text.format(order))
+        error = np.abs(found.log_likelihood - before.log_likelihood)
+    if not _finite(found):
+        return MarginalLikelihood(found.log_likelihood, error, text.format(order))
+    around = Conditional(found.mean, _cholesky(found.covariance))
+    last = at(study, modes, order=order, around=around).log_likelihood
+    error = np.maximum(error, np.abs(last - found.log_likelihood))
+    return MarginalLikelihood(last, error, text.format(order))
+
+
+def _finite(found: Evaluation) -> bool:
+    return bool(np.all(np.isfinite(found.log_likelihood)))
+
+
+def _cholesky(covariance: np.ndarray) -> np.ndarray:
+    """Cholesky factors; NaN of what is not positive definite, in the unit of each effect."""
+    sd = np.sqrt(np.maximum(np.einsum("sdd->sd", covariance), np.finfo(float).tiny))
+    correlation = covariance / (sd[:, :, None] * sd[:, None, :])
+    usable = np.linalg.eigvalsh(correlation)[:, 0] > 1e-9
+    one = np.eye(covariance.shape[1])
+    factor = np.linalg.cholesky(np.where(usable[:, None, None], correlation, one))
+    return np.where(usable[:, None, None], sd[:, :, None] * factor, np.nan)
 
 
 def spread(size: int, count: int) -> np.ndarray:
