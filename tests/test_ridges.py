@@ -81,7 +81,7 @@ def test_quadrature_says_how_far_off_it_may_be():
     found = evaluate(engine, key, theta, {}, study, order=9, steps=20)
     marginal = by_quadrature(engine, theta, study, found, 9)
     error = np.sum(marginal.log_likelihood - exact(study))
-    assert abs(error) < 0.05 < marginal.standard_error.sum() < 0.3
+    assert abs(error) < 0.05 < marginal.total_se < 0.3
 
 
 def test_a_bound_in_single_precision_is_finite():

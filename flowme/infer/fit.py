@@ -20,6 +20,13 @@ from flowme.infer.joint import Joint, Weights
 from flowme.study import Study
 
 
+def total_error(errors: np.ndarray, method: str) -> float:
+    """Error of Σ_i log p(y_i) from those of each subject: independent by Monte Carlo, so that
+    their squares add up; by quadrature of one sign, so that they do."""
+    together = np.sum(errors) if "quadrature" in method else np.sqrt(np.sum(errors**2))
+    return float(together)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fit:
     """A fitted population model.
@@ -33,7 +40,7 @@ class Fit:
             Gaussian, with a Gaussian of its moments in its place.
         log_likelihood: log p(y_i; θ), `[subject]`.
         log_likelihood_se: error of each, `[subject]`: the Monte-Carlo standard error, or by
-            quadrature the difference to the rule of the next lower order.
+            quadrature the difference to another rule (`flowme.infer.marginal.by_quadrature`).
         information: minus the Hessian of the objective at θ; with a flow, the outer product of
             the subjects' scores, its weights held. None where it was not computed.
         history: the objective after each iteration.
@@ -78,8 +85,8 @@ class Fit:
 
     @property
     def minus_two_ll_se(self) -> float:
-        """Monte-Carlo standard error of `minus_two_ll`."""
-        return 2.0 * float(np.sqrt(np.sum(self.log_likelihood_se**2)))
+        """Error of `minus_two_ll`: see `total_error`."""
+        return 2.0 * total_error(self.log_likelihood_se, self.method)
 
     @property
     def parameter_count(self) -> int:

@@ -19,7 +19,7 @@ from flowme.infer.conditional import (
     population_law,
 )
 from flowme.infer.evaluate import CHUNK, LARGEST, Engine, Evaluation, evaluate, next_order
-from flowme.infer.fit import Fit
+from flowme.infer.fit import Fit, total_error
 from flowme.infer.joint import Joint, Weights
 from flowme.infer.parallel import by_chunk
 from flowme.infer.pareto import TOO_HEAVY, pareto_k
@@ -35,7 +35,8 @@ class MarginalLikelihood(NamedTuple):
 
     Attributes:
         log_likelihood: log p(y_i; θ), `[subject]`.
-        standard_error: of each, `[subject]`: Monte-Carlo, or by quadrature the last change.
+        standard_error: of each, `[subject]`: Monte-Carlo, or by quadrature the difference to
+            another rule.
         method: how it was found.
         pareto_k: k̂ of each subject's importance weights (`flowme.infer.pareto`), `[subject]`;
             above .7 the value and its standard error are not to be believed. None by quadrature.
@@ -55,8 +56,8 @@ class MarginalLikelihood(NamedTuple):
 
     @property
     def total_se(self) -> float:
-        """Monte-Carlo standard error of `total`."""
-        return float(np.sqrt(np.sum(self.standard_error**2)))
+        """Error of `total`."""
+        return total_error(self.standard_error, self.method)
 
 
 def marginal_log_likelihood(
@@ -168,8 +169,7 @@ def by_quadrature(
     if size > 4 * chunk:
         some = spread(size, chunk)
         best = at(study.subset(some), modes[some], order=most).log_likelihood
-        # Such that the total, which is off by `size` times the mean change, has this error.
-        error = np.full(size, np.sqrt(size) * abs(np.mean(best - found.log_likelihood[some])))
+        error = np.full(size, abs(np.mean(best - found.log_likelihood[some])))
         return MarginalLikelihood(found.log_likelihood, error, text.format(order))
     error = np.full(size, np.inf)
     while order < most and _finite(found) and not error.sum() < tolerance:
