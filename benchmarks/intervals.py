@@ -1,6 +1,6 @@
 """Do 95 % intervals hold the truth 95 times in 100, and are estimates unbiased?
 
-    python benchmarks/coverage.py [data sets, 200] [first seed, 1000]
+    python benchmarks/intervals.py [data sets, 200] [first seed, 1000]
 
 100 subjects with 10 concentrations each (`estimation.study_of`), truth known. Intervals are
 estimate ± 1.96 standard errors of the unconstrained parameter (log ka, ..., log a), from the
