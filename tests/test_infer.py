@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 import flowme as fm
 from flowme.infer import evaluate, references
 from flowme.infer.joint import Joint
+from flowme.infer.newton import newton_of
 from flowme.infer.references import find
 from flowme.roles import _inspect
 
@@ -217,6 +218,73 @@ def test_references_are_of_what_enters_through_psi_alone(where):
     joint = Joint.of(model, study)
     found = find(joint, joint.unconstrain({}), {}, study)
     assert set(found.pairs) == ({(0, "CL", 0), (1, "V", 0)} if where == "psi" else {(0, "CL", 0)})
+
+
+def test_references_do_not_depend_on_units():
+    """V enters a second parameter of about 1e-13, to which a threshold of 1e-12 would be blind."""
+
+    def model(study):
+        CL = fm.population("CL", dist.LogNormal(1.0, 0.5))
+        V = fm.population("V", dist.LogNormal(3.4, 0.5))
+        eta = fm.random_effect("eta", fm.GaussianRandomEffect(["CL", "V"]), study.subjects)
+        psi = fm.individual(
+            study.subjects, ka=1.5, V=V * jnp.exp(eta.V), CL=CL * jnp.exp(eta.CL), s=3e-12 / V
+        )
+        f = fm.oral_one_compartment(psi, study) * 1e13 * psi.s[:, None]
+        fm.observe("conc", fm.residual.constant(f, 0.7), study)
+
+    study = fm.datasets.theophylline()
+    joint = Joint.of(model, study)
+    assert find(joint, joint.unconstrain({}), {}, study).pairs == ((0, "CL", 0),)
+
+
+def test_references_are_of_every_subject():
+    """Four of 600 subjects are not treated: in all others mu and beta are one parameter."""
+    arm = np.ones(600)
+    arm[[1, 2, 5, 6]] = 0.0
+
+    def model(study):
+        beta = fm.population("beta", dist.Normal(0.0, 1.0))
+        mu = fm.population("mu", dist.Normal(0.0, 1.0))
+        eta = fm.random_effect("eta", fm.GaussianRandomEffect(["mu"]), study.subjects)
+        treated = study.covariates["arm"]
+        psi = fm.individual(study.subjects, level=mu + beta * treated + eta.mu)
+        fm.observe("y", fm.residual.constant(psi.level[:, None] + 0.0 * study.time, 2.0), study)
+
+    frame = pd.DataFrame({"ID": np.repeat(np.arange(600), 2), "TIME": np.tile([0.0, 1.0], 600)})
+    frame["y"], frame["arm"] = np.sin(np.arange(1200)), np.repeat(arm, 2)
+    study = fm.Study.from_frame(frame, outcome="y", covariates=["arm"])
+    joint = Joint.of(model, study)
+    assert find(joint, joint.unconstrain({}), {}, study).pairs == ((0, "mu", 0),)
+
+
+def test_a_scaled_random_effect_is_refused():
+    def model(study):
+        level = fm.population("level", dist.Normal(0.0, 1.0))
+        with numpyro.handlers.scale(scale=0.25):
+            eta = fm.random_effect("eta", fm.GaussianRandomEffect(["level"]), study.subjects)
+        f = (level + eta.level)[:, None] + 0.0 * study.time
+        fm.observe("y", fm.residual.constant(f, 2.0), study)
+
+    with pytest.raises(ValueError, match="'eta' outside of numpyro.handlers.scale; got a scale of"):
+        fm.VariationalEM(model).run(jax.random.key(0), line_study(12), progress=False)
+
+
+def test_the_law_of_effects_is_whitened_where_it_is_differentiated():
+    """Near a correlation of 1 Ω⁻¹ has elements of 1e6, whose products cancel: in single precision
+    the Hessian had the wrong sign. Of W η at θ the precision is the identity."""
+    study = line_study(12)
+    joint = Joint.of(line_model(), study)
+    corr = np.linalg.cholesky([[1.0, -0.999999], [-0.999999, 1.0]])
+    omega = np.array([1.0, 1e-4])
+    theta = joint.unconstrain({"eta_omega": omega, "eta_corr_cholesky": corr})
+    engine = newton_of(joint, theta, {}, study, use_priors=False).engine
+    white, (q, _, _) = evaluate._gaussian_law(engine, theta, {}, study)
+    np.testing.assert_allclose(white @ (omega[:, None] * corr), np.eye(2), atol=1e-9)
+    np.testing.assert_allclose(q[1:], [0, 0, -0.5, 0, -0.5], atol=1e-12)
+    np.testing.assert_allclose(
+        q[0], -np.log(2 * np.pi) - np.sum(np.log(omega * np.diag(corr))), rtol=1e-9
+    )
 
 
 def test_map_differs_from_maximum_likelihood_as_the_prior_says():

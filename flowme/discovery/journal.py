@@ -89,13 +89,14 @@ class Journal:
             with np.load(self.file, allow_pickle=False) as kept:
                 arrays = dict(kept)
             words = json.loads(str(arrays.pop("words")))
+            before = words["asked"]
         except (ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"expected {self.file} to be the journal of a search; it cannot be read ({error}). "
                 "Name another folder, or delete this one to begin anew."
             ) from error
         for what, value in self.asked.items():
-            if words["asked"].get(what) != value:
+            if before.get(what) != value:
                 raise ValueError(
                     f"expected {self.file.parent} to be of a search with the same {what}; got "
                     f"another. Name another folder, or delete this one to begin anew."

@@ -118,8 +118,8 @@ def evaluate(
     rule, law = (np.zeros((0, _BLOCK, 0)), np.zeros((0, _BLOCK)), 0), ()
     if order:
         rule = _rule(engine.joint.effect_size, order)
-        one = jax.tree.map(lambda x: x[:1], study)
-        law = jax.tree.map(np.asarray, _gaussian_law(engine, theta, weights, one))
+        some = jax.tree.map(lambda x: x[:chunk], study)
+        law = jax.tree.map(np.asarray, _gaussian_law(engine, theta, weights, some))
     size = engine.joint.effect_size
     modes = np.zeros((len(counts), size)) if start is None else start
     given = around or Conditional(modes, np.full((len(counts), size, size), np.nan))
@@ -156,7 +156,7 @@ def _evaluate(engine, shared, chunk) -> tuple[tuple, tuple]:
     number, real, (study, start, counts, given) = chunk
     key, counts = jax.random.fold_in(key, number), real * counts
     conditional = locate(engine.joint, theta, weights, study, start, scouts, steps)
-    usable = jnp.all(jnp.isfinite(given.scale_tril), (1, 2))
+    usable = jnp.all(jnp.isfinite(given.scale_tril), (1, 2)) & jnp.all(jnp.isfinite(given.mean), 1)
     conditional = Conditional(
         jnp.where(usable[:, None], given.mean, conditional.mean),
         jnp.where(usable[:, None, None], given.scale_tril, conditional.scale_tril),
@@ -187,16 +187,16 @@ def _places(engine: Engine) -> np.ndarray:
 def _by_quadrature(engine, theta, weights, study, conditional, rule, law) -> _Sums:
     """Nodes η_ik = m_i + L_i z_k; for Gaussian effects.
 
-    Their log density is q(θ)ᵀ T(η_ik) with T(η) = (1, η, η ηᵀ), and c_iᵀ T(z_k): its derivatives
-    need those of q and the means of T Tᵀ alone, and no node's own.
+    Their log density is q(θ)ᵀ T(u_ik) with u the effects whitened and T(u) = (1, u, u uᵀ), and
+    c_iᵀ T(z_k): its derivatives need those of q and the means of T Tᵀ alone, and no node's own.
     """
     joint, references = engine.joint, engine.references
     mean, tril = conditional
     subjects, d = mean.shape
     points, log_weight, blocks = rule
     likelihood, _ = shifted(joint, references, theta, weights, study)
-    quadratic, q1, q2 = law
-    into = _in_z(mean, tril)
+    white, (quadratic, q1, q2) = law
+    into = _in_z(mean @ white.T, white @ tril)
     c = into @ quadratic
     free = theta[references.of_likelihood(joint)]
 
@@ -226,7 +226,7 @@ def _by_quadrature(engine, theta, weights, study, conditional, rule, law) -> _Su
     total = squares[:, 0]
     squares = (squares / total[:, None]).reshape(subjects, t, t)
     cross, own = cross / total[:, None, None], own / total[:, None, None]
-    once = jnp.einsum("st,stu->su", squares[:, 0], into)  # means of T(η), of its square
+    once = jnp.einsum("st,stu->su", squares[:, 0], into)  # means of T(u), of its square
     twice = jnp.einsum("stu,stv,svw->suw", into, squares, into)
     side = jnp.einsum("sqt,stu,up->sqp", cross, into, q1)
     both = jnp.einsum("su,upq->spq", once, q2) + jnp.einsum("up,suv,vq->spq", q1, twice, q1)
@@ -262,28 +262,36 @@ def _in_z(mean: jax.Array, tril: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-def _gaussian_law(engine: Engine, theta, weights, study) -> tuple[jax.Array, ...]:
-    """log p(η; θ) = qᵀ T(η) of Gaussian effects: q with its first and second derivatives by the
-    part `of_density` of θ, `[feature, ...]`; nodes move with referenced parameters, so that η
-    counts from their shift."""
+def _gaussian_law(engine: Engine, theta, weights, study) -> tuple[jax.Array, tuple]:
+    """W and log p(η; θ) = qᵀ T(u), u = W η, of Gaussian effects: q with its first and second
+    derivatives by the part `of_density` of θ, `[feature, ...]`; nodes move with referenced
+    parameters, so that η counts from their shift. W is Ω^(-1/2) at θ: near it the precision of u
+    is the identity, however near to singular Ω is."""
     joint, references = engine.joint, engine.references
     own = references.of_density(joint)
 
+    def root(theta):
+        laws = [getattr(law, "base_dist", law) for law in joint.laws(theta, weights, study)]
+        return jax.scipy.linalg.block_diag(*[law.scale_tril for law in laws])
+
+    tril = root(theta)
+    solve = partial(jax.scipy.linalg.solve_triangular, lower=True)
+    d = len(tril)
+    j, k = np.triu_indices(d)
+
     def quadratic(part):
         moved = theta.at[own].set(part)
-        laws = [getattr(law, "base_dist", law) for law in joint.laws(moved, weights, study)]
-        tril = jax.scipy.linalg.block_diag(*[law.scale_tril for law in laws])
-        shift = jnp.asarray(references.matrix(joint)) @ (moved - theta)
-        d = len(tril)
-        j, k = np.triu_indices(d)
-        inverse = jax.scipy.linalg.solve_triangular(tril, jnp.eye(d), lower=True)
+        now = root(moved)
+        inverse = solve(solve(tril, now), jnp.eye(d))
         precision = inverse.T @ inverse
+        shift = solve(tril, jnp.asarray(references.matrix(joint)) @ (moved - theta))
         pull = precision @ shift
-        size = jnp.sum(jnp.log(jnp.diagonal(tril))) + 0.5 * d * math.log(2 * math.pi)
+        log_scale = jnp.sum(jnp.log(jnp.diagonal(now))) + 0.5 * d * math.log(2 * math.pi)
+        top = -0.5 * shift @ pull - log_scale
         bent = -precision[j, k] * np.where(j == k, 0.5, 1.0)
-        return jnp.concatenate([(-0.5 * shift @ pull - size)[None], pull, bent])
+        return jnp.concatenate([top[None], pull, bent])
 
-    return _second_order(quadratic, theta[own])
+    return solve(tril, jnp.eye(d)), _second_order(quadratic, theta[own])
 
 
 def _by_importance(engine, key, theta, weights, study, conditional) -> _Sums:

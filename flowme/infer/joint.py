@@ -193,9 +193,12 @@ class Joint:
 
     def laws(self, theta: jax.Array, weights: Weights, study: Study) -> list[Any]:
         """The distributions of the random effects, one per site, of batch shape `[subject]`."""
+        return [site["fn"] for site in self.effect_sites(theta, weights, study)]
+
+    def effect_sites(self, theta: jax.Array, weights: Weights, study: Study) -> list[dict]:
+        """The sites of the random effects, at η = 0."""
         eta = jnp.zeros((study.subjects.size, self.effect_size))
-        sites = self._effect_sites(self.constrain(theta), weights, eta, study)
-        return [site["fn"] for site in sites]
+        return self._effect_sites(self.constrain(theta), weights, eta, study)
 
     def _effect_sites(self, values, weights, eta, study) -> list[dict]:
         return list(self._first(self.roles.effects, values, weights, eta, study).values())

@@ -159,8 +159,8 @@ def by_quadrature(
     conditional distributions up to here, and for the value reported by their mean and covariance
     (Naylor & Smith 1982), which are better where they are far from Gaussian: a ridge. The error is
     the difference of the two, or the last change if that is larger. Of a study beyond four chunks
-    the change is found on one chunk of subjects, spread over it, and the values stay those of
-    `order`.
+    the values stay those of `order`, and the error is their mean difference to the better ones of
+    one chunk of subjects, spread over it, and the standard error of that mean.
     """
     at = partial(evaluate, engine, jax.random.key(0), theta, {}, chunk=chunk)
     most, size = LARGEST[engine.joint.effect_size], study.subjects.size
@@ -168,9 +168,13 @@ def by_quadrature(
     text = "adaptive Gauss-Hermite quadrature, {} nodes per effect"
     if size > 4 * chunk:
         some = spread(size, chunk)
-        best = at(study.subset(some), modes[some], order=most).log_likelihood
-        error = np.full(size, abs(np.mean(best - found.log_likelihood[some])))
-        return MarginalLikelihood(found.log_likelihood, error, text.format(order))
+        by_mode = at(study.subset(some), modes[some], order=most)
+        around = Conditional(by_mode.mean, _cholesky(by_mode.covariance))
+        best = at(study.subset(some), modes[some], order=most, around=around).log_likelihood
+        change = best - found.log_likelihood[some]
+        change = change[np.isfinite(change)]  # `failed` names the others
+        error = abs(np.mean(change)) + np.std(change) / np.sqrt(max(change.size, 1))
+        return MarginalLikelihood(found.log_likelihood, np.full(size, error), text.format(order))
     error = np.full(size, np.inf)
     while order < most and _finite(found) and not error.sum() < tolerance:
         order, before = next_order(engine.joint.effect_size, order), found

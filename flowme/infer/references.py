@@ -19,6 +19,9 @@ from flowme.effects import RandomEffect
 from flowme.infer.joint import Joint, Weights
 from flowme.study import Study
 
+_SOME = 256  # subjects tried with the likelihood
+_ROOM = 4_000_000  # numbers η that are tried together, with ψ
+
 
 class References(NamedTuple):
     """The population parameters that enter only as θ_a + η_j."""
@@ -112,37 +115,20 @@ def find(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> Refe
     By trying, at two random places: for every subject, moving θ_a up must change ψ_i, and moving
     η_j down by as much must undo that. (For every subject: in one arm of a trial the effect of the
     treatment cannot be told from the mean.) Where a model has no individual parameters, or random
-    effects beside them, log p(y_i | η; θ) takes the place of ψ_i. Of a large study 256 subjects
-    are tried, spread over it. Laws that are not flowme's are left alone: they may have kinks.
+    effects beside them, log p(y_i | η; θ) takes the place of ψ_i, and of a large study 256
+    subjects are tried, spread over it. Laws that are not flowme's are left alone: they may have
+    kinks.
     """
+    beside = _beside_individual(joint, theta, weights, study)
     size = study.subjects.size
-    some = study.subset(np.unique(np.linspace(0, size - 1, min(256, size)).astype(int)))
-    d, p = joint.effect_size, joint.size
-    rng = np.random.default_rng(0)
-    places = np.asarray(theta) + 0.1 * rng.normal(size=(2, p))
-    eta = 0.2 * rng.normal(size=(2, some.subjects.size, d))
-    up, down = 0.3 * np.eye(p), -0.3 * np.eye(d)[:, None]
-    # Per place: as it is, each θ_a up, and each with each η_j down.
-    thetas = [np.concatenate([t[None], t + up, np.repeat(t + up, d, axis=0)]) for t in places]
-    etas = [
-        np.concatenate([np.repeat(e[None], 1 + p, 0), np.tile(e + down, (p, 1, 1))]) for e in eta
-    ]
-
-    beside = _beside_individual(joint, theta, weights, some)
-    program = _likelihoods if beside is None else _individuals
-    values = program(joint, np.concatenate(thetas), weights, np.concatenate(etas), some)
-    values = np.asarray(values).reshape(2, 1 + p + p * d, some.subjects.size, -1)
-    base, alone, both = np.split(values, [1, 1 + p], axis=1)
-    both = both.reshape(2, p, d, *base.shape[2:])
-    rounding, share = (1e-12, 1e-6) if base.dtype == np.float64 else (2e-6, 1e-2)
-    with np.errstate(invalid="ignore"):  # a place may lie where the model is not finite
-        noise = rounding * (1 + np.abs(base))
-        moved = np.abs(alone - base)
-        left = np.abs(both - base[:, None])
-        undone = np.all(left <= (share * moved + 10 * noise)[:, :, None], -1)
-        undone &= np.any(moved > 100 * noise, -1)[:, :, None]
-    has_data = sum(np.asarray(mask).any(1) for mask in some.observed.values()) > 0
-    found = np.all(undone[..., has_data], axis=(0, -1)) & _referable(joint)
+    spread = np.unique(np.linspace(0, size - 1, min(_SOME, size)).astype(int))
+    each = 2 * (1 + joint.size * (1 + joint.effect_size)) * joint.effect_size  # numbers η of each
+    parts = -(-size // max(32, _ROOM // max(each, 1)))
+    chunks = [spread] if beside is None else np.array_split(np.arange(size), parts)
+    # All of one length, so that nothing is compiled twice.
+    chunks = [np.resize(rows, len(chunks[0])) for rows in chunks]
+    undone = np.all([_undone(joint, theta, weights, study, rows, beside) for rows in chunks], 0)
+    found = undone & _referable(joint)
     if beside is not None:
         found &= ~beside[:, None]
     pairs: list[tuple[int, str, int]] = []
@@ -154,6 +140,39 @@ def find(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> Refe
         if len(set(new) - taken) == len(partners) and not joint.roles.population[site].effect:
             pairs += [(effect, site, element) for element, effect in enumerate(new)]
     return References(tuple(pairs), frozenset(site for _, site, _ in pairs))
+
+
+def _undone(joint: Joint, theta, weights: Weights, study: Study, rows, beside) -> np.ndarray:
+    """Whether a shift of θ_a moves ψ_i (or, `beside` being None, log p(y_i)) of each of these
+    subjects, and one of η_j undoes that, `[parameter, effect]`."""
+    some = jax.tree.map(lambda x: np.asarray(x)[rows], study)
+    d, p = joint.effect_size, joint.size
+    rng = np.random.default_rng(0)
+    places = np.asarray(theta) + 0.1 * rng.normal(size=(2, p))
+    eta = 0.2 * rng.normal(size=(2, len(rows), d))
+    up, down = 0.3 * np.eye(p), -0.3 * np.eye(d)[:, None]
+    # Per place: as it is, each θ_a up, and each with each η_j down.
+    thetas = [np.concatenate([t[None], t + up, np.repeat(t + up, d, axis=0)]) for t in places]
+    etas = [
+        np.concatenate([np.repeat(e[None], 1 + p, 0), np.tile(e + down, (p, 1, 1))]) for e in eta
+    ]
+
+    program = _likelihoods if beside is None else _individuals
+    values = program(joint, np.concatenate(thetas), weights, np.concatenate(etas), some)
+    values = np.asarray(values).reshape(2, 1 + p + p * d, len(rows), -1)
+    base, alone, both = np.split(values, [1, 1 + p], axis=1)
+    both = both.reshape(2, p, d, *base.shape[2:])
+    rounding, share = (1e-12, 1e-6) if base.dtype == np.float64 else (2e-6, 1e-2)
+    with np.errstate(invalid="ignore"):  # a place may lie where the model is not finite
+        # A parameter may be small in its unit; a log-likelihood near 0 is so by chance.
+        least = 1.0 if beside is None else np.abs(base).max(axis=(0, 1, 2))
+        noise = rounding * (least + np.abs(base))
+        moved = np.abs(alone - base)
+        left = np.abs(both - base[:, None])
+        undone = np.all(left <= (share * moved + 10 * noise)[:, :, None], -1)
+        undone &= np.any(moved > 100 * noise, -1)[:, :, None]
+    has_data = sum(np.asarray(mask).any(1) for mask in some.observed.values()) > 0
+    return np.all(undone[..., has_data], axis=(0, -1))
 
 
 def _referable(joint: Joint) -> np.ndarray:

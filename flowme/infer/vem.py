@@ -174,6 +174,7 @@ class VariationalEM:
         clock = Clock()
         joint, progress = Joint.of(self.model, study), progress and jax.process_index() == 0
         _refuse_groups(joint)
+        _refuse_scaled(joint, study)
         kept = Checkpoint()
         if checkpoint is not None:
             kept = Checkpoint.open(checkpoint, asked(self, key, joint, study, init or {}))
@@ -363,6 +364,24 @@ class VariationalEM:
         if name not in self._programs:
             self._programs[name] = jax.jit(make())
         return self._programs[name]
+
+
+def _refuse_scaled(joint: Joint, study: Study) -> None:
+    """A random effect whose density is raised to a power has no marginal likelihood."""
+    scales: list[tuple[str, Any]] = []
+
+    def look(theta):
+        sites = joint.effect_sites(theta, start_weights(joint), study)
+        scales.extend((site["name"], site["scale"]) for site in sites)
+
+    jax.eval_shape(look, joint.unconstrain({}))
+    for name, scale in scales:
+        if scale is not None:
+            raise ValueError(
+                f"expected random effect {name!r} outside of numpyro.handlers.scale; got a scale "
+                f"of {scale}: p(η) to a power is no distribution to integrate over. Scale outcomes "
+                "alone, or leave subjects out."
+            )
 
 
 def _refuse_groups(joint: Joint) -> None:
