@@ -11,7 +11,7 @@ from cases import line_exact, line_model, line_study, theophylline_model
 from scipy.optimize import minimize
 
 import flowme as fm
-from flowme.infer import evaluate, references
+from flowme.infer import evaluate, quadratic, references
 from flowme.infer.joint import Joint
 from flowme.infer.newton import newton_of
 from flowme.infer.references import find
@@ -170,7 +170,7 @@ def test_another_study_of_the_same_shape_compiles_nothing(line_fit):
     first = line_study(12, seed=1)
     vem.run(jax.random.key(0), first, progress=False)
     programs = (
-        evaluate._evaluate, evaluate._gaussian_law, references._likelihoods,
+        evaluate._evaluate, quadratic.quadratic_form, references._likelihoods,
         references._individuals, _inspect,
     )  # fmt: skip
     counts = [program._cache_size() for program in programs]
@@ -279,7 +279,7 @@ def test_the_law_of_effects_is_whitened_where_it_is_differentiated():
     omega = np.array([1.0, 1e-4])
     theta = joint.unconstrain({"eta_omega": omega, "eta_corr_cholesky": corr})
     engine = newton_of(joint, theta, {}, study, use_priors=False).engine
-    white, (q, _, _) = evaluate._gaussian_law(engine, theta, {}, study)
+    white, (q, _, _) = quadratic.quadratic_form((joint, engine.references), theta, {}, study)
     np.testing.assert_allclose(white @ (omega[:, None] * corr), np.eye(2), atol=1e-9)
     np.testing.assert_allclose(q[1:], [0, 0, -0.5, 0, -0.5], atol=1e-12)
     np.testing.assert_allclose(

@@ -19,7 +19,6 @@ both are arguments. Memory does not grow with the number of subjects.
 
 from __future__ import annotations
 
-import math
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -40,13 +39,13 @@ from flowme.infer.conditional import (
 )
 from flowme.infer.joint import Joint, Weights
 from flowme.infer.parallel import by_chunk
+from flowme.infer.quadratic import features, in_z, quadratic_form, second_order
 from flowme.infer.references import References
 from flowme.study import Study
 
 CHUNK = 256  # subjects in one call of the compiled program
 LARGEST = {1: 31, 2: 15, 3: 9, 4: 7}  # nodes per effect the program has room for
 _BLOCK = 32  # nodes evaluated together
-QUICK = {"xla_backend_optimization_level": 0}  # of a program dearer to compile than to run
 
 
 def next_order(effects: int, order: int) -> int:
@@ -119,7 +118,8 @@ def evaluate(
     if order:
         rule = _rule(engine.joint.effect_size, order)
         some = jax.tree.map(lambda x: x[:chunk], study)
-        law = jax.tree.map(np.asarray, _gaussian_law(engine, theta, weights, some))
+        of = engine.joint, engine.references
+        law = jax.tree.map(np.asarray, quadratic_form(of, theta, weights, some))
     size = engine.joint.effect_size
     modes = np.zeros((len(counts), size)) if start is None else start
     given = around or Conditional(modes, np.full((len(counts), size, size), np.nan))
@@ -196,15 +196,15 @@ def _by_quadrature(engine, theta, weights, study, conditional, rule, law) -> _Su
     points, log_weight, blocks = rule
     likelihood, _ = shifted(joint, references, theta, weights, study)
     white, (quadratic, q1, q2) = law
-    into = _in_z(mean @ white.T, white @ tril)
+    into = in_z(mean @ white.T, white @ tril)
     c = into @ quadratic
     free = theta[references.of_likelihood(joint)]
 
     def add(number, sums):
         top, squares, cross, own = sums
-        z, T = points[number], _features(points[number])
+        z, T = points[number], features(points[number])
         eta = mean + jnp.einsum("sde,ke->ksd", tril, z)
-        f, f1, f2 = _second_order(lambda part: likelihood(part, eta), free)
+        f, f1, f2 = second_order(lambda part: likelihood(part, eta), free)
         value = f + T @ c.T + log_weight[number][:, None]
         new, fade, w = _weigh(top, value)
         f1 = jnp.where(w[..., None] > 0, f1, 0.0)
@@ -239,61 +239,6 @@ def _by_quadrature(engine, theta, weights, study, conditional, rule, law) -> _Su
     )
 
 
-def _features(z: jax.Array) -> jax.Array:
-    """T(z) = (1, z_j, z_j z_k for j <= k), `[node, feature]`."""
-    j, k = np.triu_indices(z.shape[1])
-    return jnp.concatenate([jnp.ones((len(z), 1)), z, z[:, j] * z[:, k]], 1)
-
-
-def _in_z(mean: jax.Array, tril: jax.Array) -> jax.Array:
-    """A_i with T(m_i + L_i z) = A_iᵀ T(z), `[subject, feature, feature]`."""
-    subjects, d = mean.shape
-    j, k = np.triu_indices(d)
-    left, right = jnp.swapaxes(tril[:, j], 1, 2), jnp.swapaxes(tril[:, k], 1, 2)
-    square = (left[:, j] * right[:, k] + left[:, k] * right[:, j]) * np.where(j == k, 0.5, 1.0)[
-        :, None
-    ]
-    cross = mean[:, None, j] * right + mean[:, None, k] * left
-    one, none = jnp.ones((subjects, 1, 1)), jnp.zeros((subjects, d + len(j), 1))
-    high = jnp.concatenate([mean, mean[:, j] * mean[:, k]], 1)[:, None]
-    linear = jnp.concatenate([jnp.swapaxes(tril, 1, 2), jnp.zeros((subjects, len(j), d))], 1)
-    rest = jnp.concatenate([linear, jnp.concatenate([cross, square], 1)], 2)
-    return jnp.block([[one, high], [none, rest]])
-
-
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-def _gaussian_law(engine: Engine, theta, weights, study) -> tuple[jax.Array, tuple]:
-    """W and log p(η; θ) = qᵀ T(u), u = W η, of Gaussian effects: q with its first and second
-    derivatives by the part `of_density` of θ, `[feature, ...]`; nodes move with referenced
-    parameters, so that η counts from their shift. W is Ω^(-1/2) at θ: near it the precision of u
-    is the identity, however near to singular Ω is."""
-    joint, references = engine.joint, engine.references
-    own = references.of_density(joint)
-
-    def root(theta):
-        laws = [getattr(law, "base_dist", law) for law in joint.laws(theta, weights, study)]
-        return jax.scipy.linalg.block_diag(*[law.scale_tril for law in laws])
-
-    tril = root(theta)
-    solve = partial(jax.scipy.linalg.solve_triangular, lower=True)
-    d = len(tril)
-    j, k = np.triu_indices(d)
-
-    def quadratic(part):
-        moved = theta.at[own].set(part)
-        now = root(moved)
-        inverse = solve(solve(tril, now), jnp.eye(d))
-        precision = inverse.T @ inverse
-        shift = solve(tril, jnp.asarray(references.matrix(joint)) @ (moved - theta))
-        pull = precision @ shift
-        log_scale = jnp.sum(jnp.log(jnp.diagonal(now))) + 0.5 * d * math.log(2 * math.pi)
-        top = -0.5 * shift @ pull - log_scale
-        bent = -precision[j, k] * np.where(j == k, 0.5, 1.0)
-        return jnp.concatenate([top[None], pull, bent])
-
-    return solve(tril, jnp.eye(d)), _second_order(quadratic, theta[own])
-
-
 def _by_importance(engine, key, theta, weights, study, conditional) -> _Sums:
     """Importance nodes; for any law."""
     joint, references = engine.joint, engine.references
@@ -308,8 +253,8 @@ def _by_importance(engine, key, theta, weights, study, conditional) -> _Sums:
     def add(number, sums):
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=number * _BLOCK, slice_size=_BLOCK)
         eta, away = cut(nodes.eta), cut(nodes.eta) - mean
-        f, f1, f2 = _second_order(lambda part: likelihood(part, eta), free)
-        g, g1, g2 = _second_order(lambda part: density(part, eta), own)
+        f, f1, f2 = second_order(lambda part: likelihood(part, eta), free)
+        g, g1, g2 = second_order(lambda part: density(part, eta), own)
         new, fade, w = _weigh(sums[0], f + g + cut(nodes.log_weight))
         gradient = jnp.where(w[..., None] > 0, jnp.concatenate([f1, g1], -1), 0.0)
         curved = [
@@ -379,20 +324,6 @@ def shifted(joint: Joint, references: References, theta0, weights, study):
         return jax.vmap(lambda e: joint.effect_density(values, weights, e, study))(eta - shift)
 
     return likelihood, density
-
-
-def _second_order(function, x):
-    """Value, gradient and Hessian (last axes) of an array function, all in forward mode."""
-    if not x.size:
-        value = function(x)
-        return value, jnp.zeros((*value.shape, 0)), jnp.zeros((*value.shape, 0, 0))
-
-    def first(x):
-        value, slope = jax.jacfwd(lambda x: (function(x),) * 2, has_aux=True)(x)[::-1]
-        return slope, (value, slope)
-
-    hessian, (value, slope) = jax.jacfwd(first, has_aux=True)(x)
-    return value, slope, hessian
 
 
 def _wide(x: jax.Array, like: jax.Array) -> jax.Array:
