@@ -82,6 +82,9 @@ def test_quadrature_says_how_far_off_it_may_be():
     marginal = by_quadrature(engine, theta, study, found, 9)
     error = np.sum(marginal.log_likelihood - exact(study))
     assert abs(error) < 0.05 < marginal.total_se < 0.3
+    # At the highest order there is no change of order, but still the other rule.
+    highest = evaluate(engine, key, theta, {}, study, found.conditional.mean, order=15)
+    assert 0.05 < by_quadrature(engine, theta, study, highest, 15).total_se < 0.3
     # Beyond four chunks the values are those of 9 nodes, and their error is found on one chunk.
     large = by_quadrature(engine, theta, study, found, 9, chunk=25)
     assert 0.3 < abs(np.sum(large.log_likelihood - exact(study))) < large.total_se < 1.5

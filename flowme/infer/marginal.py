@@ -173,8 +173,10 @@ def by_quadrature(
         best = at(study.subset(some), modes[some], order=most, around=around).log_likelihood
         change = best - found.log_likelihood[some]
         change = change[np.isfinite(change)]  # `failed` names the others
-        error = abs(np.mean(change)) + np.std(change) / np.sqrt(max(change.size, 1))
-        return MarginalLikelihood(found.log_likelihood, np.full(size, error), text.format(order))
+        off = np.inf
+        if change.size:
+            off = abs(np.mean(change)) + np.std(change) / np.sqrt(change.size)
+        return MarginalLikelihood(found.log_likelihood, np.full(size, off), text.format(order))
     error = np.full(size, np.inf)
     while order < most and _finite(found) and not error.sum() < tolerance:
         order, before = next_order(engine.joint.effect_size, order), found
@@ -185,7 +187,9 @@ def by_quadrature(
         return MarginalLikelihood(found.log_likelihood, error, text.format(order))
     around = Conditional(found.mean, _cholesky(found.covariance))
     last = at(study, modes, order=order, around=around).log_likelihood
-    error = np.maximum(error, np.abs(last - found.log_likelihood))
+    last = np.where(np.isfinite(last), last, found.log_likelihood)
+    between = np.abs(last - found.log_likelihood)
+    error = np.where(np.isfinite(error), np.maximum(error, between), between)
     return MarginalLikelihood(last, error, text.format(order))
 
 
