@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
@@ -25,13 +26,17 @@ class System(NamedTuple):
     `fixed` are the events, [event]: their `time`, the time `dt` to the next, the `jump`, the
     `inflow` that then begins and, where there are any, the `reset`s and the `base`, the state to
     which they lead. Those that depend on parameters are in `moving` instead.
+
+    In each interval the place s runs from 0 to 1, and the state by `field` times `stretch`: time is
+    stretched to the interval's length, so that subjects with different times share one loop.
     """
 
     start: Callable[[Theta], Array]  # theta -> [..., state]
     moving: Callable[[Theta, Any], Any]  # theta, data -> pytree of [event, ...], maybe empty
-    field: Callable[..., Array]  # fixed, moving (of one event), tau, [..., state], theta
+    field: Callable[..., Array]  # fixed, moving (of one event), s, [..., state], theta
     update: Callable[..., Array]  # fixed, moving, [..., state], theta -> state after the event
     length: Callable[[Any, Any], Array]  # fixed, moving -> time to the next event
+    stretch: Callable[[Any, Any], Array]  # the same, or 1 where `field` is by s already
 
 
 def system_of(
@@ -42,16 +47,15 @@ def system_of(
     def start(theta: Theta) -> Array:
         return theta[0]
 
-    # Time runs from 0 to 1, so that subjects with different times share one loop.
-    def scaled(fixed: Any, moving: Any, tau: Any, y: Array, theta: Theta) -> Array:
+    def slope(fixed: Any, moving: Any, s: Any, y: Array, theta: Theta) -> Array:
         event = fixed | moving
         dt = event["dt"]
-        dy = field(fixed, event["time"] + tau * dt, y, theta) + event["inflow"]
-        # A field that is not finite does not matter in an empty interval; the length of an empty
-        # interval may still have derivatives.
-        if "dt" in moving:
-            return dt * jnp.where((dt > 0) | jnp.isfinite(dy), dy, 0)
-        return jnp.where(dt > 0, dt * dy, 0)
+        dy = field(fixed, event["time"] + s * dt, y, theta) + event["inflow"]
+        if "dt" not in moving:
+            return dy
+        # A length that depends on parameters has derivatives, also that of an empty interval; but a
+        # field that is not finite does not matter there.
+        return dt * jnp.where((dt > 0) | jnp.isfinite(dy), dy, 0)
 
     def update(fixed: Any, moving: Any, y: Array, theta: Theta) -> Array:
         return event_step(fixed | moving, y, start(theta))
@@ -59,7 +63,10 @@ def system_of(
     def length(fixed: Any, moving: Any) -> Array:
         return (fixed | moving)["dt"]
 
-    return System(start, moving, scaled, update, length)
+    def stretch(fixed: Any, moving: Any) -> Array:
+        return jnp.ones(()) if "dt" in moving else fixed["dt"]
+
+    return System(start, moving, slope, update, length, stretch)
 
 
 def event_step(event: dict[str, Array], y: Array, start: Array) -> Array:
@@ -124,58 +131,24 @@ def _with_sensitivities(system: System, active: Sequence[bool]) -> System:
     Row 0 is the system itself; row j is its derivative with respect to the j-th scalar.
     """
 
-    def split(theta: Theta) -> tuple[Theta, Callable, Theta]:
-        chosen = [x for x, on in zip(theta, active, strict=True) if on]
-        flat, unravel = ravel_pytree(chosen)
-
-        def merge(chosen: Theta) -> Theta:
-            replacement = iter(chosen)
-            return [next(replacement) if on else x for x, on in zip(theta, active, strict=True)]
-
-        return chosen, merge, jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype))
-
-    def all_directions(function: Callable, primals: tuple, along: Callable) -> tuple[Any, Any]:
-        """The value, and the derivative along `along(j)` for every direction j, `[direction]`."""
-        value, push = jax.linearize(function, *primals)
-        count = len(jax.tree.leaves(along(slice(None)))[0])
-        if count > _FEW:
-            return value, jax.vmap(lambda j: push(*along(j)))(jnp.arange(count))
-        slopes = [push(*along(j)) for j in range(count)]
-        return value, jax.tree.map(lambda *x: jnp.stack(x), *slopes)
-
     def start(theta: Theta) -> Array:
-        chosen, merge, basis = split(theta)
-
-        def change(chosen: Theta) -> Array:
-            return system.start(merge(chosen))
-
-        y, slopes = all_directions(change, (chosen,), lambda j: (_at(basis, j),))
+        y, slopes = _directions(lambda _, theta: system.start(theta), theta, active)
         return jnp.concatenate([y[None], slopes])
 
     def moving(theta: Theta, data: Any) -> Any:
-        chosen, merge, basis = split(theta)
-
-        def change(chosen: Theta) -> Any:
-            return system.moving(merge(chosen), data)
-
-        rows, slopes = all_directions(change, (chosen,), lambda j: (_at(basis, j),))
+        rows, slopes = _directions(lambda _, theta: system.moving(theta, data), theta, active)
         return rows, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), slopes)  # [event, direction]
 
     def derivative(change: Callable, moving: Any, y: Array, theta: Theta) -> Array:
         """`change(moving, y, theta)` and its derivatives in every direction."""
-        chosen, merge, basis = split(theta)
         row, rows = moving
-
-        def moved(row: Any, y: Array, chosen: Theta) -> Array:
-            return change(row, y, merge(chosen))
-
-        value, slopes = all_directions(
-            moved, (row, y[0], chosen), lambda j: (_at(rows, j), y[1:][j], _at(basis, j))
+        value, slopes = _directions(
+            lambda given, theta: change(*given, theta), theta, active, (row, y[0]), (rows, y[1:])
         )
         return jnp.concatenate([value[None], slopes])
 
-    def field(fixed: Any, moving: Any, tau: Any, y: Array, theta: Theta) -> Array:
-        return derivative(lambda m, y, th: system.field(fixed, m, tau, y, th), moving, y, theta)
+    def field(fixed: Any, moving: Any, s: Any, y: Array, theta: Theta) -> Array:
+        return derivative(lambda m, y, th: system.field(fixed, m, s, y, th), moving, y, theta)
 
     def update(fixed: Any, moving: Any, y: Array, theta: Theta) -> Array:
         return derivative(lambda m, y, th: system.update(fixed, m, y, th), moving, y, theta)
@@ -183,7 +156,41 @@ def _with_sensitivities(system: System, active: Sequence[bool]) -> System:
     def length(fixed: Any, moving: Any) -> Array:
         return system.length(fixed, moving[0])
 
-    return System(start, moving, field, update, length)
+    def stretch(fixed: Any, moving: Any) -> Array:
+        return system.stretch(fixed, moving[0])
+
+    return System(start, moving, field, update, length, stretch)
+
+
+def _directions(
+    function: Callable, theta: Theta, active: Sequence[bool], given: Any = (), change: Any = ()
+) -> tuple[Any, Any]:
+    """`function(given, theta)`, and its derivative along each scalar of the active parameters,
+    along which `given` changes by `change`, `[direction, ...]`: `[direction, ...]`."""
+    places = [(a, e) for a, on in enumerate(active) if on for e in np.ndindex(theta[a].shape)]
+
+    def along(a: int, e: Any, j: Any) -> tuple[Any, Any]:
+        # The other parameters stand outside, so that nothing is computed with zeros.
+        def moved(given: Any, x: Array) -> Any:
+            return function(given, [*theta[:a], x, *theta[a + 1 :]])
+
+        one = np.zeros(theta[a].shape, theta[a].dtype)
+        one[e] = 1
+        return jax.jvp(moved, (given, theta[a]), (_at(change, j), one))
+
+    if len(places) <= _FEW:
+        values, slopes = zip(*(along(*place, j) for j, place in enumerate(places)), strict=True)
+        return values[0], jax.tree.map(lambda *x: jnp.stack(x), *slopes)
+    chosen = [x for x, on in zip(theta, active, strict=True) if on]
+    flat, unravel = ravel_pytree(chosen)
+
+    def all_moved(given: Any, flat: Array) -> Any:
+        replacement = iter(unravel(flat))
+        both = zip(theta, active, strict=True)
+        return function(given, [next(replacement) if on else x for x, on in both])
+
+    value, push = jax.linearize(all_moved, given, flat)
+    return value, jax.vmap(push)(change, jnp.eye(flat.size, dtype=flat.dtype))
 
 
 def _at(tree: Any, j: Any) -> Any:
@@ -208,9 +215,11 @@ def _by_diffrax(
         before, after = row
 
         # An empty interval (two rows at one time, padding, or after a failure) takes one step.
-        def field(tau: Any, y: Array, args: tuple) -> Array:
+        def field(s: Any, y: Array, args: tuple) -> Array:
             alive, event, theta = args
-            return jnp.where(alive, system.field(*event, tau, y, theta), 0)
+            stretch = system.stretch(*event)
+            slope = stretch * system.field(*event, s, y, theta)
+            return jnp.where(alive & (stretch > 0), slope, 0)
 
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),

@@ -19,6 +19,8 @@ import numpy as np
 from jax import Array
 from jax.custom_batching import custom_vmap
 
+from flowme.written_out import written_out
+
 __all__ = ["lockstep"]
 
 _CHUNK = 128  # rows in one loop: it runs as long as the slowest of them needs
@@ -100,33 +102,36 @@ def _integrate(system, structure, axes: list, leaves: list[Array], max_steps: in
 
     start = rows(system.start, of_theta)(theta)
     moving = rows(system.moving, of_theta, of_data)(theta, data)
+    if np.prod(start.shape[:-1]) <= _FEW:
+        rows = partial(written_out, size)
+    slope = rows(system.field, of_fixed, -1, -1, -1, of_theta)
     update = rows(system.update, of_fixed, -1, -1, of_theta)
-    slope = _taken_apart(system.field, (of_fixed, -1, -1, -1, of_theta), start.shape[:-1])
     movable = "dt" in _innermost(moving)
 
     def interval(carry: tuple, row: tuple) -> tuple[tuple, Array]:
         y, alive, length = carry
         (before, moving), after = row
         dt = jnp.broadcast_to(system.length(before, moving), alive.shape)
+        stretch = system.stretch(before, moving)
 
-        def field(tau: Array, y: Array) -> Array:
-            return slope(before, moving, tau, y, theta)
+        def field(s: Array, y: Array) -> Array:
+            return slope(before, moving, s, y, theta)
 
         def unfinished(state: tuple) -> Array:
-            tau, *_, steps = state
-            return jnp.any(tau < 1) & (steps < max_steps)
+            s, *_, steps = state
+            return jnp.any(s < 1) & (steps < max_steps)
 
         def step(state: tuple) -> tuple:
-            return _attempt(field, rtol, atol, state)
+            return _attempt(field, stretch, rtol, atol, state)
 
         # An empty interval (two rows at one time, padding, or after a failure) takes no step, but
         # where its length has a derivative: that of the state is then this times the slope.
-        tau = jnp.where(alive & ((dt > 0) | movable), 0.0, 1.0).astype(y.dtype)
+        s = jnp.where(alive & ((dt > 0) | movable), 0.0, 1.0).astype(y.dtype)
         first = jnp.where(length > 0, jnp.minimum(length / jnp.where(dt > 0, dt, 1), 1), 1)
-        begin = (tau, first.astype(y.dtype), y, field(jnp.zeros_like(tau), y), 0)
-        tau, h, y_end, *_ = jax.lax.while_loop(unfinished, step, begin)
+        begin = (s, first.astype(y.dtype), y, field(jnp.zeros_like(s), y), 0)
+        s, h, y_end, *_ = jax.lax.while_loop(unfinished, step, begin)
         end = update(*after, y_end, theta)
-        alive &= (tau >= 1) & jnp.isfinite(_primal(end)).all(axis=0)
+        alive &= (s >= 1) & jnp.isfinite(_primal(end)).all(axis=0)
         length = jnp.where(dt > 0, h * dt, length)
         return (jnp.where(alive, end, y), alive, length), jnp.where(alive, end, jnp.nan)
 
@@ -144,32 +149,32 @@ def _innermost(moving: Any) -> Any:
     return _innermost(moving[0]) if isinstance(moving, tuple) else moving
 
 
-def _attempt(field: Callable, rtol: Array, atol: Array, state: tuple) -> tuple:
+def _attempt(field: Callable, stretch: Array, rtol: Array, atol: Array, state: tuple) -> tuple:
     """A step of every row that is not at the end of its interval, kept where it is good enough:
-    place τ, next step h, state y, slope k there, and how many attempts so far."""
-    tau, h, y, k, attempts = state
-    last = h >= 1 - tau
-    dtau = jnp.where(last, 1 - tau, h)
-    new, error, k_new = _step(field, tau, dtau, y, k)
+    place s, next step h, state y, slope k there, and how many attempts so far."""
+    s, h, y, k, attempts = state
+    last = h >= 1 - s
+    ds = jnp.where(last, 1 - s, h)
+    new, error, k_new = _step(field, stretch, s, ds, y, k)
     scale = atol + rtol * jnp.maximum(jnp.abs(_primal(y)), jnp.abs(_primal(new)))
     square = jnp.mean((_primal(error) / scale) ** 2, axis=0)
     square = jnp.where(jnp.isnan(square), jnp.inf, square)
-    good, on = square < 1, tau < 1
-    wanted = dtau * _factor(square, good)
+    good, on = square < 1, s < 1
+    wanted = ds * _factor(square, good)
     wanted = jnp.where(good & last, jnp.maximum(h, wanted), wanted)
     keep = good & on
-    tau = jnp.where(keep, jnp.where(last, 1.0, tau + dtau), tau)
+    s = jnp.where(keep, jnp.where(last, 1.0, s + ds), s)
     y, k = jnp.where(keep, new, y), jnp.where(keep, k_new, k)
-    return tau, jnp.where(on, wanted, h), y, k, attempts + 1
+    return s, jnp.where(on, wanted, h), y, k, attempts + 1
 
 
-def _step(field: Callable, tau: Array, dtau: Array, y: Array, k: Array) -> tuple:
+def _step(field: Callable, stretch: Array, s: Array, ds: Array, y: Array, k: Array) -> tuple:
     """One step of Tsit5 from y with its slope k: the new y, the error, and the slope there."""
-    slopes = [k]
+    slopes, stride = [k], stretch * ds
     for row, c in zip(_TABLE.a_lower, _TABLE.c, strict=True):
-        new = y + dtau * sum(float(a) * k for a, k in zip(row, slopes, strict=True))
-        slopes.append(field(tau + float(c) * dtau, new))
-    error = dtau * sum(float(b) * k for b, k in zip(_TABLE.b_error, slopes, strict=True))
+        new = y + stride * sum(float(a) * k for a, k in zip(row, slopes, strict=True))
+        slopes.append(field(s + float(c) * ds, new))
+    error = stride * sum(float(b) * k for b, k in zip(_TABLE.b_error, slopes, strict=True))
     return new, error, slopes[-1]
 
 
@@ -184,22 +189,3 @@ def _factor(square: Array, good: Array) -> Array:
 def _primal(y: Array) -> Array:
     """The states themselves among states and sensitivities, `[state, row]`."""
     return y[(0,) * (y.ndim - 2)]
-
-
-def _taken_apart(field: Callable, axes: tuple, shape: tuple[int, ...]) -> Callable:
-    """`field` for rows, its state given and returned element by element where they are few."""
-    if np.prod(shape) > _FEW:
-        return jax.vmap(field, in_axes=axes, out_axes=-1)
-    places = list(np.ndindex(*shape))
-
-    def elements(fixed, moving, tau, y: list[Array], theta) -> list[Array]:
-        dy = field(fixed, moving, tau, jnp.stack(y).reshape(shape), theta)
-        return [dy[place] for place in places]
-
-    each = jax.vmap(elements, in_axes=axes, out_axes=-1)
-
-    def whole(fixed, moving, tau, y: Array, theta) -> Array:
-        found = each(fixed, moving, tau, [y[place] for place in places], theta)
-        return jnp.stack(found).reshape(y.shape)
-
-    return whole

@@ -41,6 +41,7 @@ LAYERS = {
         "outcomes",
         "normal_tail",
         "structural",
+        "written_out",
         "closed_forms",
         "disposition",
         "integrate",
