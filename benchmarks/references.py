@@ -6,9 +6,11 @@
 Beside every estimate stands its reference and the difference in per cent. References are "exact"
 (the maximum likelihood itself: -2LL is to agree within .3) or "linearised" (another quantity, of
 which estimates are to agree within 2 %; R's nlme). Where a linearised reference is further away,
-`quadrature` is the maximum likelihood by `benchmarks/quadrature.py`, which shares no code with
-flowme: it says which is right. `*` marks what is beyond its tolerance. The data in ../shared are
-read where they lie, and their tables left out if they are not there.
+two programs that share no code with flowme say why: `quadrature` is the maximum likelihood by
+`benchmarks/quadrature.py`, which flowme is to find; `linearised` is what nlme's alternation comes
+to by `benchmarks/linearised.py`, and is to agree with the reference within .5 %. `*` marks what is
+beyond its tolerance. The data in ../shared are read where they lie, and their tables left out if
+they are not there.
 """
 
 import sys
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pandas as pd
-from quadrature import Quadrature, Subject
+from independent import Independent, independently
 
 import flowme as fm
 
@@ -235,31 +237,6 @@ def estimates(fit):
     return fm.summary(fit).frame["estimate"].to_dict()
 
 
-def quadrature(reference, fit_values, study):
-    """Maximum likelihood without flowme, from the reference: label -> estimate; and -2LL there, at
-    flowme's estimates and at the reference."""
-    logs = [name for name in reference.values if name in ("CL", "V", "a") or "omega" in name]
-    subjects = []
-    ((name, seen),) = study.observed.items()
-    for i, keep in enumerate(seen):
-        given = study.doses.given[i] if study.doses.given.size else []
-        doses = study.doses.time[i][given], study.doses.amount[i][given]
-        subjects.append(
-            Subject(study.values[name][i][keep], reference.independent(study.time[i][keep], doses))
-        )
-    effects = sum("omega" in name for name in reference.values)
-    points = {1: 41, 2: 21, 3: 13}[effects]
-    likelihood = Quadrature(subjects, len(reference.values) - effects - 1, effects, points)
-
-    def coordinates(values):
-        return np.array([np.log(x) if n in logs else x for n, x in values.items()])
-
-    theta, least = likelihood.minimum(coordinates(reference.values))
-    found = {n: np.exp(x) if n in logs else x for n, x in zip(reference.values, theta, strict=True)}
-    own = {n: fit_values[n] for n in reference.values}
-    return found, (least, *(likelihood(coordinates(x)) for x in (own, reference.values)))
-
-
 def table(reference):
     """One row for each estimate, and one for -2LL."""
     study, cpu = reference.study(), time.process_time()
@@ -274,33 +251,37 @@ def table(reference):
         f"({fit.seconds.compilation:.1f} s compilation), {again:.1f} CPU s again; "
         f"{'; '.join(fit.messages)}"
     )
-    found, exact = estimates(fit), {}
-    rows = []
+    found, rows = estimates(fit), []
+    other = Independent({}, (np.nan,) * 3, {}, np.nan)
     if reference.independent is not None:
-        exact, minus_two_ll = quadrature(reference, found, study)
+        other = independently(reference, found, study)
     for name, value in found.items():
         row = {"parameter": name, "flowme": f"{value:.5g}"}
         if name in reference.values:
-            row |= compared(value, reference.values[name], reference.kind, "reference")
-        if name in exact:
-            row |= compared(value, exact[name], "exact", "quadrature")
+            row |= compared(value, reference.values[name], "reference")
+        if name in other.exact:
+            row |= compared(value, other.exact[name], "quadrature")
+            far = compared(other.linearised[name], reference.values[name], "reference", 0.5)
+            row["linearised"] = f"{other.linearised[name]:.5g}"
+            row["its % from reference"] = far["% from reference"]
         rows.append(row)
     row = {"parameter": "-2LL", "flowme": f"{fit.minus_two_ll:.3f} ± {fit.minus_two_ll_se:.3f}"}
     if reference.minus_two_ll is not None:
         far = abs(fit.minus_two_ll - reference.minus_two_ll) > 0.3 and reference.kind == "exact"
         row["reference"] = f"{reference.minus_two_ll:.3f} ({reference.kind})" + " *" * far
-    if exact:
-        row["quadrature"] = f"{minus_two_ll[0]:.3f}"
+    if other.exact:
+        row["quadrature"] = f"{other.minus_two_ll[0]:.3f}"
+        row["linearised"] = f"{other.linearised_minus_two_ll:.3f}"
         print(
             "-2LL by quadrature: {:.3f} at its minimum, {:.3f} at flowme's estimates, {:.3f} at "
-            "the reference".format(*minus_two_ll)
+            "the reference".format(*other.minus_two_ll)
         )
     print(pd.DataFrame([*rows, row]).fillna("").to_string(index=False))
 
 
-def compared(value, reference, kind, title):
+def compared(value, reference, title, most=2.0):
     percent = 100 * (value / reference - 1)
-    far = " *" if abs(percent) > 2 else ""
+    far = " *" if abs(percent) > most else ""
     return {title: f"{reference:.5g}", f"% from {title}": f"{percent:+.2f}{far}"}
 
 

@@ -36,8 +36,9 @@ def population(
 ) -> jax.Array:
     """A population parameter: `numpyro.sample(name, prior)` with what an estimation needs.
 
-    Under maximum likelihood only the support of `prior` is used, and its median as the starting
-    value; under MAP and full Bayes it is the prior.
+    Under maximum likelihood `prior` gives the support and, by its median, the starting value; and
+    where the likelihood has several maxima, it says which is reported. Under MAP and full Bayes it
+    is the prior.
 
     Args:
         name: name of the parameter.

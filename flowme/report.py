@@ -113,15 +113,15 @@ def _mcmc_frame(mcmc: MCMC) -> pd.DataFrame:
 
 
 def _frame(joint: Joint, study: Study, columns: dict[str, np.ndarray]) -> pd.DataFrame:
-    labels, units, _ = zip(*_rows(joint, study), strict=True)
-    index = pd.Index(labels, name="parameter")
-    return pd.DataFrame({**columns, "unit": list(units)}, index=index)
+    rows = list(_rows(joint, study))
+    index = pd.Index([label for label, *_ in rows], name="parameter")
+    return pd.DataFrame({**columns, "unit": [unit for _, unit, _ in rows]}, index=index)
 
 
 def _numbers(joint: Joint, study: Study, values: dict[str, jax.Array]) -> jax.Array:
     """The value of each row, `[row]`."""
     found = reported(joint, values)
-    return jnp.stack([found[name][cell] for _, _, (name, cell) in _rows(joint, study)])
+    return jnp.array([found[name][cell] for _, _, (name, cell) in _rows(joint, study)])
 
 
 def _rows(joint: Joint, study: Study) -> Iterator[tuple[str, str, tuple[str, tuple[int, ...]]]]:

@@ -2,10 +2,15 @@
 
 import dataclasses
 
+import jax
 import numpy as np
+import numpyro.distributions as dist
 import pytest
+from cases import normal_study
 from fits import theophylline, theophylline_nuts
+from scipy.stats import multivariate_normal
 
+import flowme as fm
 from flowme.predict import estimate
 from flowme.report import summary
 
@@ -89,3 +94,21 @@ def test_a_run_is_summarised_by_its_draws():
 def test_other_objects_are_refused():
     with pytest.raises(TypeError, match="expected a Fit"):
         summary({"ka": 1.0})
+
+
+def test_nothing_to_estimate_is_a_likelihood():
+    """y ~ N(3, 1 + .25 I), all of it known."""
+    study = normal_study(1.0, subjects=20, times=2)
+
+    def model(study):
+        law = dist.Normal(0.0, 1.0).expand([1]).to_event(1)
+        eta = fm.random_effect("eta", law, study.subjects, names=["level"])
+        psi = fm.individual(study.subjects, level=3.0 + eta.level)
+        fm.observe("y", fm.residual.constant(psi.level[:, None] + 0 * study.time, 0.5), study)
+
+    fit = fm.VariationalEM(model).run(jax.random.key(0), study, progress=False)
+    covariance = np.ones((2, 2)) + 0.25 * np.eye(2)
+    exact = multivariate_normal([3.0, 3.0], covariance).logpdf(study.values["y"]).sum()
+    assert fit.converged and not fit.messages and not fit.params
+    assert abs(fit.minus_two_ll + 2 * exact) < 4 * fit.minus_two_ll_se + 1e-3
+    assert len(summary(fit).frame) == 0 and "0 estimated parameters" in str(summary(fit))

@@ -1,18 +1,20 @@
 """The climb to the maximum of the likelihood: Newton steps, how many, from where, on whom.
 
-A small study is climbed from several starts. A large one is climbed on some of its subjects first,
-spread over it: a chunk of them, then sixteen times as many, ... and from there on all.
+A small study is climbed from its start, then from others to see whether there are other maxima
+(`flowme.infer.around`). A large one is climbed on some of its subjects first, spread over it: a
+chunk of them, then sixteen times as many, ... and from there on all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from flowme.infer.around import around
 from flowme.infer.checkpoint import Checkpoint
 from flowme.infer.conditional import Conditional
 from flowme.infer.evaluate import Evaluation
@@ -20,6 +22,8 @@ from flowme.infer.joint import Weights
 from flowme.infer.marginal import spread
 from flowme.infer.newton import Newton, NewtonState, led
 from flowme.study import Study
+
+LOOK = 40  # steps in which an ascent that looks for other maxima has found one, or does not
 
 
 class Ascent(NamedTuple):
@@ -71,18 +75,27 @@ class Climb(NamedTuple):
             if ascent.interrupted:
                 yield self._begin(theta, study)._replace(interrupted=True, why=ascent.why)
                 return
-        for number, start in enumerate(self._starts(np.asarray(theta), study, starts)):
-            ascent = self.ascend(f"start-{number}", start, study)
+        ascent = self.ascend("start-0", theta, study)
+        yield ascent
+        if ascent.interrupted:
+            return
+        ends, look = [ascent] * ascent.converged, self._replace(most=min(self.most, LOOK))
+        for number, start in enumerate(self._others(np.asarray(theta), ascent, study, starts)):
+            ascent = look.ascend(f"start-{number + 1}", start, study, ends)
             yield ascent
             if ascent.interrupted:
                 return
+            ends += [ascent] * ascent.converged
 
-    def ascend(self, stage: str, theta: np.ndarray, study: Study) -> Ascent:
-        """Newton steps from θ until a full one is expected to add less than the tolerance."""
+    def ascend(
+        self, stage: str, theta: np.ndarray, study: Study, ends: Sequence[Ascent] = ()
+    ) -> Ascent:
+        """Newton steps from θ until a full one is expected to add less than the tolerance, or one
+        of these ends is there."""
         kept, prefix = self.kept
         ascent = kept.read(f"{prefix}-{stage}", _LIKE) or self._begin(theta, study)
         try:
-            while not ascent.ended:
+            while not ascent.ended and not any(at_end(end.state, ascent.state) for end in ends):
                 ascent = self._step(ascent, study)
                 kept.write(f"{prefix}-{stage}", ascent)
                 self.bar.update()
@@ -95,12 +108,15 @@ class Climb(NamedTuple):
             return ascent._replace(converged=False, interrupted=True, why=why)
         return ascent
 
-    def _starts(self, theta: np.ndarray, study: Study, count: int | None) -> list[np.ndarray]:
-        """The start, and others a factor of 2 or so away from it."""
+    def _others(
+        self, theta: np.ndarray, first: Ascent, study: Study, count: int | None
+    ) -> np.ndarray:
+        """The other starts: around the end of the first one, if that is an end."""
         small = study.subjects.size <= self.newton.chunk and self.newton.engine.points == 0
-        count = count if count is not None else (3 if small else 1)
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(self.key)))
-        return [theta, *(theta + 0.7 * rng.normal(size=(count - 1, theta.size)))]
+        if count == 1 or (count is None and not small):
+            return np.zeros((0, theta.size))
+        end = first.state.theta if first.converged else theta
+        return around(self.newton.engine.joint, study, theta, end, count and count - 1)
 
     def _large(self, study: Study) -> bool:
         """Whether an evaluation of all subjects is dear."""
@@ -140,3 +156,14 @@ class Climb(NamedTuple):
         elif ascent.steps >= self.most:
             why = f"not converged after {self.most} iterations: raise max_iterations"
         return ascent._replace(ended=bool(why), why=why)
+
+
+def at_end(end: NewtonState, state: NewtonState) -> bool:
+    """Whether a state is at an end that is known: closer in θ than what the likelihood, by its
+    curvature at the end, can tell apart, and about as high."""
+    move = state.theta - end.theta
+    if not np.all(np.isfinite(end.hessian)):
+        return False
+    values, vectors = np.linalg.eigh(end.hessian)
+    lost = 0.5 * np.sum((np.abs(values) + 1.0) * (vectors.T @ move) ** 2)
+    return bool(lost < 0.1 and abs(end.objective - state.objective) < 0.5)

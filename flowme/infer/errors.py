@@ -98,6 +98,8 @@ def correlation(covariance: np.ndarray, names: tuple[str, ...]) -> Correlation:
     scale = np.sqrt(np.diag(covariance))
     matrix = covariance / np.outer(scale, scale)
     values = np.linalg.eigvalsh(matrix)
+    if not values.size:  # no parameter to be estimated
+        values = np.ones(1)
     condition = float(values[-1] / values[0]) if values[0] > 0 else np.inf
     return Correlation(pd.DataFrame(matrix, index=names, columns=names), condition)
 

@@ -191,6 +191,13 @@ class Joint:
             jnp.zeros(()),
         )
 
+    def priors(self, study: Study) -> dict[str, dist.Distribution]:
+        """The priors of the population parameters by name, where none depends on another."""
+        some = jax.tree.map(lambda x: x[:1], study)
+        eta, values = jnp.zeros((1, self.effect_size)), self.constrain(self.unconstrain({}))
+        sites = self._first(self.roles.population, values, start_weights(self), eta, some)
+        return {name: site["fn"] for name, site in sites.items()}
+
     def laws(self, theta: jax.Array, weights: Weights, study: Study) -> list[Any]:
         """The distributions of the random effects, one per site, of batch shape `[subject]`."""
         return [site["fn"] for site in self.effect_sites(theta, weights, study)]

@@ -18,7 +18,7 @@ from flowme.infer.asked import asked
 from flowme.infer.checkpoint import Checkpoint
 from flowme.infer.climb import Climb
 from flowme.infer.clock import Clock
-from flowme.infer.course import Course, disagreement, failed
+from flowme.infer.course import Course, best, failed
 from flowme.infer.doubts import doubts
 from flowme.infer.evaluate import CHUNK, Engine, Evaluation, evaluate, next_order, scores
 from flowme.infer.fit import Fit
@@ -61,9 +61,13 @@ class VariationalEM:
         tolerance: the iteration has converged when a full step is expected to add less than this
             to the log-likelihood.
         max_iterations: of the Newton iteration.
-        starts: how many starting values are tried: the model's and others about a factor of 2
-            away; by default 3 for a study of at most `chunk` subjects that is integrated by
-            quadrature, else 1. The best end is reported, and so is disagreement.
+        starts: how many starting values are tried: the model's, and others a factor of 5 away from
+            where that one ends, so spread that any two parameters are moved in all four directions
+            (`flowme.infer.around`); by default, for a study of at most `chunk` subjects that is
+            integrated by quadrature, as many as that takes (5 for three parameters, 7 for five to
+            ten), else 1. Where several maxima are found, that is said, with the estimates at each,
+            and the one reported is that of the highest likelihood times prior
+            (`flowme.infer.course.best`).
         points: importance points per subject (a multiple of 32), where quadrature does not serve:
             laws that are not Gaussian, more than four effects.
         flow_updates: at most so many updates of a flow.
@@ -186,6 +190,7 @@ class VariationalEM:
         gaussian = Joint.of(replace_effect(self.model, **gaussians(laws)), study)
         known = {k: v for k, v in (init or {}).items() if k in gaussian.roles.population}
         first = self._climb(keys[0], gaussian, known, study, progress, (kept, "gaussian"))
+        said = tuple(f"Gaussian random effects: {message}" for message in first.messages)
         if first.interrupted:
             return self._finish(keys[3], first, study, clock)
         start_from = partial(from_gaussian, keys[1], joint, laws, first, init or {})
@@ -194,6 +199,7 @@ class VariationalEM:
             course = self._learn_flow(keys[2], joint, start_from, first, study, progress, kept)
         else:
             course = self._climb(keys[2], joint, values, study, progress, (kept, "law"))
+        course = course._replace(messages=(*said, *course.messages))
         return self._finish(keys[3], course, study, clock)
 
     # The Newton iteration.
@@ -215,11 +221,7 @@ class VariationalEM:
             climb = Climb(newton, key, weights, self.tolerance, self.max_iterations, kept, bar)
             ascents = climb.run(np.asarray(theta), study, self.starts)
             courses = [Course.of(joint, weights, newton, ascent) for ascent in ascents]
-        best = max(courses, key=lambda c: np.nan_to_num(c.history[-1], nan=-np.inf))
-        return best._replace(
-            messages=disagreement(best, courses, self.tolerance),
-            interrupted=courses[-1].interrupted,
-        )
+        return best(courses, study, self.use_priors)
 
     # The flow.
 
