@@ -2,11 +2,16 @@
 
 A small study is climbed from several starts. A large one is climbed on some of its subjects first,
 spread over it: a chunk of them, then sixteen times as many, ... and from there on all.
+
+Nodes lie around modes. Where conditional distributions are ridges, those see a likelihood that is
+neither right nor smooth: steps do not keep what they promise, or the climb ends beside the maximum.
+From there it goes on with nodes around means (`flowme.infer.moments`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +23,7 @@ from flowme.infer.conditional import Conditional
 from flowme.infer.evaluate import Evaluation
 from flowme.infer.joint import Weights
 from flowme.infer.marginal import spread
-from flowme.infer.newton import Newton, NewtonState, led
+from flowme.infer.newton import FAR, MEANS, NEAR, STUCK, Newton, NewtonState, led
 from flowme.study import Study
 
 
@@ -38,6 +43,11 @@ class Ascent(NamedTuple):
 _ANY: Any = 0
 # Of the structure of one, for reading it back.
 _LIKE = Ascent(NewtonState(_ANY, Evaluation(Conditional(0, 0), *[0] * 6), *[_ANY] * 6), *[_ANY] * 7)
+
+
+def height(ascent: Ascent) -> float:
+    """Where an ascent has ended; -inf if nowhere."""
+    return float(np.nan_to_num(ascent.history[-1], nan=-np.inf))
 
 
 class Climb(NamedTuple):
@@ -61,26 +71,28 @@ class Climb(NamedTuple):
     kept: tuple[Checkpoint, str]
     bar: tqdm
 
-    def run(self, theta: np.ndarray, study: Study, starts: int | None) -> Iterator[Ascent]:
-        """The ascents on all subjects, one for each start; an interrupted one is the last."""
+    def run(self, theta: np.ndarray, study: Study, starts: int | None) -> list[Ascent]:
+        """The ascents on all subjects, one for each start; after an interruption no more."""
         count = self.newton.chunk
         while led(study, count):
             some = study.subset(spread(study.subjects.size, count))
-            ascent = self.ascend(f"subjects-{count}", theta, some)
+            ascent = self.ascend(f"subjects-{count}", partial(self._begin, theta, some), some)
             theta, count = ascent.state.theta, 16 * count
             if ascent.interrupted:
-                yield self._begin(theta, study)._replace(interrupted=True, why=ascent.why)
-                return
+                return [self._begin(theta, study)._replace(interrupted=True, why=ascent.why)]
+        ascents = []
         for number, start in enumerate(self._starts(np.asarray(theta), study, starts)):
-            ascent = self.ascend(f"start-{number}", start, study)
-            yield ascent
+            ascent = self.ascend(f"start-{number}", partial(self._begin, start, study), study)
+            ascents.append(ascent)
             if ascent.interrupted:
-                return
+                return ascents
+        return self._led_on(ascents, study)
 
-    def ascend(self, stage: str, theta: np.ndarray, study: Study) -> Ascent:
-        """Newton steps from θ until a full one is expected to add less than the tolerance."""
+    def ascend(self, stage: str, begin: Callable[[], Ascent], study: Study) -> Ascent:
+        """Newton steps until a full one is expected to add less than the tolerance, from where
+        `begin` says."""
         kept, prefix = self.kept
-        ascent = kept.read(f"{prefix}-{stage}", _LIKE) or self._begin(theta, study)
+        ascent = kept.read(f"{prefix}-{stage}", _LIKE) or begin()
         try:
             while not ascent.ended:
                 ascent = self._step(ascent, study)
@@ -94,6 +106,28 @@ class Climb(NamedTuple):
             why = f"stopped by the user after {len(ascent.history) - 1} iterations"
             return ascent._replace(converged=False, interrupted=True, why=why)
         return ascent
+
+    def _led_on(self, ascents: list[Ascent], study: Study) -> list[Ascent]:
+        """The ascents, led on by nodes around means if one had to go by them before its end, or if
+        they see higher ground from the end of the best."""
+        best = max(ascents, key=height)
+        if all(a.state.rule < MEANS for a in ascents) and not self._misled(best, study):
+            return ascents
+        found = list(ascents)
+        for number, ascent in enumerate(ascents):
+            if ascent.converged and ascent.state.rule == NEAR:
+                begin = partial(self._finer, ascent._replace(steps=0), study)
+                found[number] = self.ascend(f"means-{number}", begin, study)
+                if found[number].interrupted:
+                    break
+        return found
+
+    def _misled(self, ascent: Ascent, study: Study) -> bool:
+        """Whether as many nodes around means promise more than the tolerance from here."""
+        if not (ascent.converged and self._by_means(ascent.state)) or self._large(study):
+            return False
+        seen = self.newton.seen_by_means(self.key, ascent.state, self.weights, study)
+        return bool(seen.gain > self.tolerance)
 
     def _starts(self, theta: np.ndarray, study: Study, count: int | None) -> list[np.ndarray]:
         """The start, and others a factor of 2 or so away from it."""
@@ -115,9 +149,11 @@ class Climb(NamedTuple):
     def _step(self, ascent: Ascent, study: Study) -> Ascent:
         """One Newton step; of a small study that has converged the last one."""
         state, history = ascent.state, ascent.history
-        done = bool(state.near and state.gain < self.tolerance)
+        done = bool(state.rule > FAR and state.gain < self.tolerance)
         if done and self._large(study):
             return ascent._replace(ended=True, converged=True)
+        if self._by_means(state) and state.radius < STUCK:
+            return self._finer(ascent, study)
         state = self.newton.step(self.key, state, self.weights, study)  # squares what was left
         history = np.append(history, state.objective)
         if look_again := done and not ascent.looked_again:
@@ -127,6 +163,16 @@ class Climb(NamedTuple):
             done = bool(state.gain < self.tolerance)
         looked = ascent.looked_again or look_again
         return self._judged(Ascent(state, history, ascent.steps + 1, looked), done)
+
+    def _by_means(self, state: NewtonState) -> bool:
+        """Whether nodes may go around means instead."""
+        return state.rule == NEAR and not self.newton.engine.points
+
+    def _finer(self, ascent: Ascent, study: Study) -> Ascent:
+        """The ascent by the next rule."""
+        state = self.newton.finer(self.key, ascent.state, self.weights, study)
+        history = np.append(ascent.history, state.objective)
+        return Ascent(state, history, ascent.steps, ascent.looked_again)
 
     def _judged(self, ascent: Ascent, done: bool) -> Ascent:
         """The ascent, ended if there is a reason."""

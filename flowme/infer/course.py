@@ -11,7 +11,7 @@ import numpy as np
 from flowme.infer.climb import Ascent
 from flowme.infer.conditional import Conditional
 from flowme.infer.joint import Joint
-from flowme.infer.newton import Newton, NewtonState
+from flowme.infer.newton import MEANS, Newton, NewtonState
 from flowme.study import Study
 
 
@@ -53,6 +53,17 @@ def disagreement(best: Course, courses: list[Course], tolerance: float) -> tuple
         f"{', '.join(f'{2 * (best.history[-1] - e):.2f}' for e in ends[lower])}); the best one is "
         "reported. The likelihood has several maxima: check the starting values.",
     )
+
+
+def ridges(course: Course) -> list[str]:
+    """A message when modes did not serve to find θ."""
+    if course.state.rule < MEANS or course.selected:  # a learned flow's θ was found otherwise
+        return []
+    return [
+        "the conditional distributions of the random effects are far from Gaussian (ridges): "
+        "nodes around their modes lead away from the maximum or nowhere, so that the estimates and "
+        "-2LL are by nodes around their means and covariances."
+    ]
 
 
 def failed(log_likelihood: np.ndarray, course: Course, study: Study) -> list[str]:
