@@ -152,7 +152,7 @@ class Climb(NamedTuple):
         done = bool(state.rule > FAR and state.gain < self.tolerance)
         if done and self._large(study):
             return ascent._replace(ended=True, converged=True)
-        if self._by_means(state) and state.radius < STUCK:
+        if not done and self._by_means(state) and state.radius < STUCK:
             return self._finer(ascent, study)
         state = self.newton.step(self.key, state, self.weights, study)  # squares what was left
         history = np.append(history, state.objective)
