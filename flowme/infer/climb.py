@@ -3,11 +3,16 @@
 A small study is climbed from its start, then from others to see whether there are other maxima
 (`flowme.infer.around`). A large one is climbed on some of its subjects first, spread over it: a
 chunk of them, then sixteen times as many, ... and from there on all.
+
+Nodes lie around modes. Where conditional distributions are ridges, those see a likelihood that is
+neither right nor smooth: steps do not keep what they promise, or the climb ends beside the maximum.
+From there it goes on with nodes around means (`flowme.infer.moments`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +25,7 @@ from flowme.infer.conditional import Conditional
 from flowme.infer.evaluate import Evaluation
 from flowme.infer.joint import Weights
 from flowme.infer.marginal import spread
-from flowme.infer.newton import Newton, NewtonState, led
+from flowme.infer.newton import FAR, MEANS, NEAR, STUCK, Newton, NewtonState, led
 from flowme.study import Study
 
 LOOK = 40  # steps in which an ascent that looks for other maxima has found one, or does not
@@ -44,6 +49,11 @@ _ANY: Any = 0
 _LIKE = Ascent(NewtonState(_ANY, Evaluation(Conditional(0, 0), *[0] * 6), *[_ANY] * 6), *[_ANY] * 7)
 
 
+def height(ascent: Ascent) -> float:
+    """Where an ascent has ended; -inf if nowhere."""
+    return float(np.nan_to_num(ascent.history[-1], nan=-np.inf))
+
+
 class Climb(NamedTuple):
     """How a likelihood is climbed.
 
@@ -65,35 +75,39 @@ class Climb(NamedTuple):
     kept: tuple[Checkpoint, str]
     bar: tqdm
 
-    def run(self, theta: np.ndarray, study: Study, starts: int | None) -> Iterator[Ascent]:
-        """The ascents on all subjects, one for each start; an interrupted one is the last."""
+    def run(self, theta: np.ndarray, study: Study, starts: int | None) -> list[Ascent]:
+        """The ascents on all subjects, one for each start; after an interruption no more."""
         count = self.newton.chunk
         while led(study, count):
             some = study.subset(spread(study.subjects.size, count))
-            ascent = self.ascend(f"subjects-{count}", theta, some)
+            ascent = self.ascend(f"subjects-{count}", partial(self._begin, theta, some), some)
             theta, count = ascent.state.theta, 16 * count
             if ascent.interrupted:
-                yield self._begin(theta, study)._replace(interrupted=True, why=ascent.why)
-                return
-        ascent = self.ascend("start-0", theta, study)
-        yield ascent
-        if ascent.interrupted:
-            return
-        ends, look = [ascent] * ascent.converged, self._replace(most=min(self.most, LOOK))
-        for number, start in enumerate(self._others(np.asarray(theta), ascent, study, starts)):
-            ascent = look.ascend(f"start-{number + 1}", start, study, ends)
-            yield ascent
+                return [self._begin(theta, study)._replace(interrupted=True, why=ascent.why)]
+        first = self.ascend("start-0", partial(self._begin, theta, study), study)
+        ascents, ends = [first], [first] * first.converged
+        look = self._replace(most=min(self.most, LOOK))
+        others = [] if first.interrupted else self._others(np.asarray(theta), first, study, starts)
+        for number, start in enumerate(others):
+            begin = partial(self._begin, start, study)
+            ascent = look.ascend(f"start-{number + 1}", begin, study, ends)
+            ascents.append(ascent)
             if ascent.interrupted:
-                return
+                break
             ends += [ascent] * ascent.converged
+        return ascents if ascents[-1].interrupted else self._led_on(ascents, study)
 
     def ascend(
-        self, stage: str, theta: np.ndarray, study: Study, ends: Sequence[Ascent] = ()
+        self,
+        stage: str,
+        begin: Callable[[], Ascent],
+        study: Study,
+        ends: Sequence[Ascent] = (),
     ) -> Ascent:
-        """Newton steps from θ until a full one is expected to add less than the tolerance, or one
-        of these ends is there."""
+        """Newton steps from where `begin` says, until a full one is expected to add less than the
+        tolerance, or one of these ends is there."""
         kept, prefix = self.kept
-        ascent = kept.read(f"{prefix}-{stage}", _LIKE) or self._begin(theta, study)
+        ascent = kept.read(f"{prefix}-{stage}", _LIKE) or begin()
         try:
             while not ascent.ended and not any(at_end(end.state, ascent.state) for end in ends):
                 ascent = self._step(ascent, study)
@@ -107,6 +121,28 @@ class Climb(NamedTuple):
             why = f"stopped by the user after {len(ascent.history) - 1} iterations"
             return ascent._replace(converged=False, interrupted=True, why=why)
         return ascent
+
+    def _led_on(self, ascents: list[Ascent], study: Study) -> list[Ascent]:
+        """The ascents, led on by nodes around means if one had to go by them before its end, or if
+        they see higher ground from the end of the best."""
+        best = max(ascents, key=height)
+        if all(a.state.rule < MEANS for a in ascents) and not self._misled(best, study):
+            return ascents
+        found = list(ascents)
+        for number, ascent in enumerate(ascents):
+            if ascent.converged and ascent.state.rule == NEAR:
+                begin = partial(self._finer, ascent._replace(steps=0), study)
+                found[number] = self.ascend(f"means-{number}", begin, study)
+                if found[number].interrupted:
+                    break
+        return found
+
+    def _misled(self, ascent: Ascent, study: Study) -> bool:
+        """Whether as many nodes around means promise more than the tolerance from here."""
+        if not (ascent.converged and self._by_means(ascent.state)) or self._large(study):
+            return False
+        seen = self.newton.seen_by_means(self.key, ascent.state, self.weights, study)
+        return bool(seen.gain > self.tolerance)
 
     def _others(
         self, theta: np.ndarray, first: Ascent, study: Study, count: int | None
@@ -131,9 +167,11 @@ class Climb(NamedTuple):
     def _step(self, ascent: Ascent, study: Study) -> Ascent:
         """One Newton step; of a small study that has converged the last one."""
         state, history = ascent.state, ascent.history
-        done = bool(state.near and state.gain < self.tolerance)
+        done = bool(state.rule > FAR and state.gain < self.tolerance)
         if done and self._large(study):
             return ascent._replace(ended=True, converged=True)
+        if not done and self._by_means(state) and state.radius < STUCK:
+            return self._finer(ascent, study)
         state = self.newton.step(self.key, state, self.weights, study)  # squares what was left
         history = np.append(history, state.objective)
         if look_again := done and not ascent.looked_again:
@@ -143,6 +181,16 @@ class Climb(NamedTuple):
             done = bool(state.gain < self.tolerance)
         looked = ascent.looked_again or look_again
         return self._judged(Ascent(state, history, ascent.steps + 1, looked), done)
+
+    def _by_means(self, state: NewtonState) -> bool:
+        """Whether nodes may go around means instead."""
+        return state.rule == NEAR and not self.newton.engine.points
+
+    def _finer(self, ascent: Ascent, study: Study) -> Ascent:
+        """The ascent by the next rule."""
+        state = self.newton.finer(self.key, ascent.state, self.weights, study)
+        history = np.append(ascent.history, state.objective)
+        return Ascent(state, history, ascent.steps, ascent.looked_again)
 
     def _judged(self, ascent: Ascent, done: bool) -> Ascent:
         """The ascent, ended if there is a reason."""

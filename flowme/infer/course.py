@@ -14,7 +14,7 @@ from flowme.infer.climb import Ascent, at_end
 from flowme.infer.conditional import Conditional
 from flowme.infer.errors import base_support, site_names
 from flowme.infer.joint import Joint
-from flowme.infer.newton import Newton, NewtonState
+from flowme.infer.newton import MEANS, Newton, NewtonState
 from flowme.study import Study
 
 _LEVEL = 0.01  # log-likelihoods that are the same
@@ -75,9 +75,10 @@ def best(courses: list[Course], study: Study, use_priors: bool) -> Course:
             rivals.append(course)
     rivals = [c for c in rivals if chosen.history[-1] - c.history[-1] < _FAR]
     messages = tuple(_named(rival, chosen) for rival in rivals)
-    if others and others[-1].interrupted:
+    interrupted = any(course.interrupted for course in courses)
+    if others and interrupted:
         messages = ("stopped by the user before all starts were tried", *messages)
-    return chosen._replace(messages=messages, interrupted=courses[-1].interrupted)
+    return chosen._replace(messages=messages, interrupted=interrupted)
 
 
 def _same(one: Course, other: Course) -> bool:
@@ -87,6 +88,17 @@ def _same(one: Course, other: Course) -> bool:
         return True
     names = [name for name, site in one.joint.roles.population.items() if not site.effect]
     return abs(one.history[-1] - other.history[-1]) < _LEVEL and not _apart(one, other, names)
+
+
+def ridges(course: Course) -> list[str]:
+    """A message when modes did not serve to find θ."""
+    if course.state.rule < MEANS or course.selected:  # a learned flow's θ was found otherwise
+        return []
+    return [
+        "the conditional distributions of the random effects are far from Gaussian (ridges): "
+        "nodes around their modes lead away from the maximum or nowhere, so that the estimates and "
+        "-2LL are by nodes around their means and covariances."
+    ]
 
 
 def failed(log_likelihood: np.ndarray, course: Course, study: Study) -> list[str]:

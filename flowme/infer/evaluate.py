@@ -108,8 +108,7 @@ def evaluate(
         steps: Newton steps towards the modes.
         chunk: subjects in one call of the compiled program.
         counts: how often each subject counts, c_i, `[subject]`; once by default.
-        around: where nodes are placed; by default around the modes, which are then looked for.
-            Where it is not finite, too.
+        around: where nodes are placed; by default, and where it is not finite, around the modes.
     """
     counts = np.ones(study.subjects.size) if counts is None else np.asarray(counts, float)
     many = study.subjects.size > 4 * chunk
@@ -145,7 +144,7 @@ class _Sums(NamedTuple):
     log_likelihood: jax.Array  # [subject]
     first: jax.Array  # ∇ℓ_i, [subject, part]
     second: jax.Array  # Σ_k π_ik (H_ik + g_ik g_ikᵀ), [subject, part, part]
-    away: jax.Array  # E η_i - m_i, [subject, effect]
+    away: jax.Array  # E η_i - m_i, m_i the centre of the nodes, [subject, effect]
     spread: jax.Array  # E (η_i - m_i)(η_i - m_i)ᵀ, [subject, effect, effect]
 
 
@@ -157,14 +156,14 @@ def _evaluate(engine, shared, chunk) -> tuple[tuple, tuple]:
     key, counts = jax.random.fold_in(key, number), real * counts
     conditional = locate(engine.joint, theta, weights, study, start, scouts, steps)
     usable = jnp.all(jnp.isfinite(given.scale_tril), (1, 2)) & jnp.all(jnp.isfinite(given.mean), 1)
-    conditional = Conditional(
+    placed = Conditional(
         jnp.where(usable[:, None], given.mean, conditional.mean),
         jnp.where(usable[:, None, None], given.scale_tril, conditional.scale_tril),
     )
     if engine.points:
-        found = _by_importance(engine, key, theta, weights, study, conditional)
+        found = _by_importance(engine, key, theta, weights, study, placed)
     else:
-        found = _by_quadrature(engine, theta, weights, study, conditional, rule, law)
+        found = _by_quadrature(engine, theta, weights, study, placed, rule, law)
     covariance = found.spread - found.away[:, :, None] * found.away[:, None, :]
     into = _places(engine)
     # A subject that counts 0 times may be one that the model cannot predict.
@@ -172,7 +171,7 @@ def _evaluate(engine, shared, chunk) -> tuple[tuple, tuple]:
     second = jnp.where(counts[:, None, None] > 0, found.second, 0.0)
     second = jnp.einsum("s,spq->pq", counts, second)
     outer = score.T @ (counts[:, None] * score)
-    each = conditional, conditional.mean + found.away, covariance, found.log_likelihood
+    each = conditional, placed.mean + found.away, covariance, found.log_likelihood
     return each, (counts @ score, into.T @ second @ into - outer, outer)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from scipy.special import logsumexp
 
 from flowme.infer.conditional import (
-    Conditional,
     find,
     importance,
     likelihood_at,
@@ -21,6 +20,7 @@ from flowme.infer.conditional import (
 from flowme.infer.evaluate import CHUNK, LARGEST, Engine, Evaluation, evaluate, next_order
 from flowme.infer.fit import Fit, total_error
 from flowme.infer.joint import Joint, Weights
+from flowme.infer.moments import by_moments
 from flowme.infer.parallel import by_chunk
 from flowme.infer.pareto import TOO_HEAVY, pareto_k
 from flowme.levels import same_levels
@@ -169,7 +169,7 @@ def by_quadrature(
     if size > 4 * chunk:
         some = spread(size, chunk)
         by_mode = at(study.subset(some), modes[some], order=most)
-        around = Conditional(by_mode.mean, _cholesky(by_mode.covariance))
+        around = by_moments(by_mode.mean, by_mode.covariance)
         best = at(study.subset(some), modes[some], order=most, around=around).log_likelihood
         change = best - found.log_likelihood[some]
         change = change[np.isfinite(change)]  # `failed` names the others
@@ -185,7 +185,7 @@ def by_quadrature(
         error = np.abs(found.log_likelihood - before.log_likelihood)
     if not _finite(found):
         return MarginalLikelihood(found.log_likelihood, error, text.format(order))
-    around = Conditional(found.mean, _cholesky(found.covariance))
+    around = by_moments(found.mean, found.covariance)
     last = at(study, modes, order=order, around=around).log_likelihood
     last = np.where(np.isfinite(last), last, found.log_likelihood)
     between = np.abs(last - found.log_likelihood)
@@ -193,18 +193,29 @@ def by_quadrature(
     return MarginalLikelihood(last, error, text.format(order))
 
 
+def around_means(
+    engine: Engine,
+    theta: np.ndarray,
+    study: Study,
+    found: Evaluation,
+    order: int,
+    *,
+    chunk: int = CHUNK,
+) -> MarginalLikelihood:
+    """log p(y_i; θ) where the climb has ended with nodes around means, those of `found`; the error
+    is the difference to `order` nodes per effect around them."""
+    most, around = LARGEST[engine.joint.effect_size], by_moments(found.mean, found.covariance)
+    coarse = evaluate(
+        engine, jax.random.key(0), theta, {}, study, found.conditional.mean,
+        order=order, steps=0, chunk=chunk, around=around,
+    )  # fmt: skip
+    error = np.abs(found.log_likelihood - coarse.log_likelihood)
+    text = f"adaptive Gauss-Hermite quadrature around means, {most} nodes per effect"
+    return MarginalLikelihood(found.log_likelihood, error, text)
+
+
 def _finite(found: Evaluation) -> bool:
     return bool(np.all(np.isfinite(found.log_likelihood)))
-
-
-def _cholesky(covariance: np.ndarray) -> np.ndarray:
-    """Cholesky factors; NaN of what is not positive definite, in the unit of each effect."""
-    sd = np.sqrt(np.maximum(np.einsum("sdd->sd", covariance), np.finfo(float).tiny))
-    correlation = covariance / (sd[:, :, None] * sd[:, None, :])
-    usable = np.linalg.eigvalsh(correlation)[:, 0] > 1e-9
-    one = np.eye(covariance.shape[1])
-    factor = np.linalg.cholesky(np.where(usable[:, None, None], correlation, one))
-    return np.where(usable[:, None, None], sd[:, :, None] * factor, np.nan)
 
 
 def spread(size: int, count: int) -> np.ndarray:

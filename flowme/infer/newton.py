@@ -16,13 +16,17 @@ import numpy as np
 from flowme.effects import GaussianRandomEffect
 from flowme.infer.evaluate import CHUNK, Engine, Evaluation, evaluate
 from flowme.infer.joint import Joint, Weights
+from flowme.infer.moments import by_moments
 from flowme.infer.references import find
 from flowme.study import Study
 
-# Gauss-Hermite nodes per effect while climbing, far from the maximum and near it, by number of
-# effects; beyond, importance sampling.
-ORDER = {1: (7, 15), 2: (5, 9), 3: (3, 5), 4: (3, 4)}
-NEAR = 5.0  # log-likelihood that a step promises
+# Gauss-Hermite nodes per effect while climbing, by number of effects: far from the maximum, near
+# it, and around means where modes do not serve (the most there is room for); for more effects,
+# importance sampling.
+ORDER = {1: (7, 15, 31), 2: (5, 9, 15), 3: (3, 5, 9), 4: (3, 4, 7)}
+FAR, NEAR, MEANS = range(3)
+_PROMISE = 5.0  # log-likelihood that a step promises near the maximum
+STUCK = 1e-2  # a radius of the trust region that says that the nodes are at fault, not the step
 
 
 class NewtonState(NamedTuple):
@@ -34,7 +38,7 @@ class NewtonState(NamedTuple):
     gradient: np.ndarray  # of the objective
     hessian: np.ndarray
     radius: float  # of the trust region, in the unit of θ
-    near: bool  # whether it is integrated by the finer rule
+    rule: int  # by which it is integrated: FAR or NEAR around modes, MEANS around means
     gain: float  # what a full Newton step promises to add to the objective
 
 
@@ -57,25 +61,38 @@ class Newton(NamedTuple):
 
     def start(self, key, theta, weights, study) -> NewtonState:
         """The state at θ, the modes found by ten steps from the best of some points."""
-        near = led(study, self.chunk)
-        return self._at(key, np.asarray(theta), weights, study, None, 10, 1.0, near)
+        rule = NEAR if led(study, self.chunk) else FAR
+        return self._at(key, np.asarray(theta), weights, study, None, 10, 1.0, rule)
 
     def near(self, key, theta, weights, study, modes) -> NewtonState:
         """The state at θ close to a maximum, the modes known but for two steps."""
-        return self._at(key, np.asarray(theta), weights, study, np.asarray(modes), 2, 1.0, True)
+        return self._at(key, np.asarray(theta), weights, study, np.asarray(modes), 2, 1.0, NEAR)
 
     def again(self, key, state: NewtonState, weights, study) -> NewtonState:
         """The state at the same θ, the modes looked for anew."""
-        return self._at(key, state.theta, weights, study, None, 10, state.radius, state.near)
+        rule = min(state.rule, NEAR)
+        new = self._at(key, state.theta, weights, study, None, 10, state.radius, rule)
+        return self.finer(key, new, weights, study) if state.rule == MEANS else new
+
+    def finer(self, key, state: NewtonState, weights, study) -> NewtonState:
+        """The state at the same θ by the next rule."""
+        still, radius = np.zeros_like(state.theta), max(state.radius, 0.1)
+        return self._moved(key, state, weights, study, still, radius, state.rule + 1)
+
+    def seen_by_means(self, key, state: NewtonState, weights, study) -> NewtonState:
+        """The state at the same θ, by as many nodes around means."""
+        found = state.evaluation
+        return self._at(
+            key, state.theta, weights, study, found.conditional.mean, 0, state.radius, state.rule,
+            by_moments(found.mean, found.covariance),
+        )  # fmt: skip
 
     def step(self, key, state: NewtonState, weights, study) -> NewtonState:
         """One trust-region step: accepted if it adds a tenth of what it promised."""
-        modes = state.evaluation.conditional.mean
-        if state.gain < NEAR and not state.near:
-            return self._at(key, state.theta, weights, study, modes, 2, state.radius, True)
+        if state.rule == FAR and (state.gain < _PROMISE or state.radius < STUCK):
+            return self.finer(key, state, weights, study)
         move, promised, _ = trust_region(state.gradient, state.hessian, state.radius)
-        modes = modes - self.engine.references.matrix(self.engine.joint) @ move
-        new = self._at(key, state.theta + move, weights, study, modes, 2, state.radius, state.near)
+        new = self._moved(key, state, weights, study, move, state.radius, state.rule)
         noise = 1e-9 * (1 + abs(state.objective))
         ratio = (new.objective - state.objective + noise) / (promised + noise)
         length = float(np.linalg.norm(move))
@@ -94,11 +111,21 @@ class Newton(NamedTuple):
             state = self.step(key, state, weights, study)
         return state, done
 
-    def _at(self, key, theta, weights, study, modes, steps, radius, near) -> NewtonState:
-        order = 0 if self.engine.points else ORDER[self.engine.joint.effect_size][near]
+    def _moved(self, key, state: NewtonState, weights, study, move, radius, rule) -> NewtonState:
+        """The state at θ + move, its nodes where those of the state lead."""
+        found, shift = state.evaluation, self.engine.references.matrix(self.engine.joint) @ move
+        modes = found.conditional.mean - shift
+        around = by_moments(found.mean - shift, found.covariance) if rule == MEANS else None
+        theta = state.theta + move
+        return self._at(key, theta, weights, study, modes, 2, radius, rule, around)
+
+    def _at(
+        self, key, theta, weights, study, modes, steps, radius, rule, around=None
+    ) -> NewtonState:
+        order = 0 if self.engine.points else ORDER[self.engine.joint.effect_size][rule]
         found = evaluate(
             self.engine, key, theta, weights, study, modes,
-            order=order, steps=steps, chunk=self.chunk, counts=self.counts,
+            order=order, steps=steps, chunk=self.chunk, counts=self.counts, around=around,
         )  # fmt: skip
         values = [_total(found.log_likelihood, self.counts), found.gradient, found.hessian]
         if self.use_priors:
@@ -108,7 +135,7 @@ class Newton(NamedTuple):
         if self.held:
             gradient, hessian = _hold(self.held, gradient, hessian)
         *_, gain = trust_region(gradient, hessian, np.inf)
-        return NewtonState(theta, found, float(objective), gradient, hessian, radius, near, gain)
+        return NewtonState(theta, found, float(objective), gradient, hessian, radius, rule, gain)
 
 
 def led(study: Study, count: int) -> bool:

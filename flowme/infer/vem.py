@@ -18,14 +18,19 @@ from flowme.infer.asked import asked
 from flowme.infer.checkpoint import Checkpoint
 from flowme.infer.climb import Climb
 from flowme.infer.clock import Clock
-from flowme.infer.course import Course, best, failed
+from flowme.infer.course import Course, best, failed, ridges
 from flowme.infer.doubts import doubts
 from flowme.infer.evaluate import CHUNK, Engine, Evaluation, evaluate, next_order, scores
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, start_weights
 from flowme.infer.learn import Learn, LearnState, side_by_side
-from flowme.infer.marginal import MarginalLikelihood, by_quadrature, estimate_marginal
-from flowme.infer.newton import ORDER, Newton, NewtonState, newton_of
+from flowme.infer.marginal import (
+    MarginalLikelihood,
+    around_means,
+    by_quadrature,
+    estimate_marginal,
+)
+from flowme.infer.newton import MEANS, NEAR, ORDER, Newton, NewtonState, newton_of
 from flowme.infer.plan import DEPENDENCE, Learned, Plan
 from flowme.infer.references import References
 from flowme.infer.starts import from_gaussian, gaussians, needs_start
@@ -49,10 +54,11 @@ class VariationalEM:
     """Estimate a population model by maximum marginal likelihood (or MAP).
 
     Every iteration places a full-covariance Gaussian around the conditional distribution of each
-    subject's random effects (mode and curvature), integrates over it by nodes, and takes a
-    trust-region Newton step of the population parameters on the marginal likelihood
-    (`flowme.infer.newton`). Laws other than the Gaussian are started from the Gaussian fit; a flow
-    is then learned by stochastic EM and stopped on held-out subjects (`flowme.infer.learn`).
+    subject's random effects (mode and curvature; mean and covariance where those do not serve, and
+    a message says so), integrates over it by nodes, and takes a trust-region Newton step of the
+    population parameters on the marginal likelihood (`flowme.infer.newton`). Laws other than the
+    Gaussian are started from the Gaussian fit; a flow is then learned by stochastic EM and stopped
+    on held-out subjects (`flowme.infer.learn`).
 
     Args:
         model: a function of a study, written with flowme's and NumPyro's statements.
@@ -297,7 +303,7 @@ class VariationalEM:
         marginal = self._marginal(key_marginal, course, study, finer)
         information, outer = self._information(key_information, course, study, finer)
         messages = [course.why] if course.why else []
-        messages += course.messages
+        messages += [*course.messages, *ridges(course)]
         messages += failed(marginal.log_likelihood, course, study)
         fit = Fit(
             joint=joint,
@@ -325,9 +331,10 @@ class VariationalEM:
 
     def _finer(self, course: Course, study: Study) -> Evaluation | None:
         """The likelihood by quadrature of a higher order than θ was found with, unless there is no
-        quadrature or the study is large."""
+        quadrature or none higher, or the study is large."""
         engine, state = course.newton.engine, course.state
-        if engine.points or course.selected or study.subjects.size > 4 * self.chunk:
+        highest = engine.points or course.selected or state.rule == MEANS
+        if highest or study.subjects.size > 4 * self.chunk:
             return None
         order = next_order(course.joint.effect_size, self._order(course))
         start = state.evaluation.conditional.mean
@@ -335,12 +342,18 @@ class VariationalEM:
                         order=order, chunk=self.chunk)  # fmt: skip
 
     def _order(self, course: Course) -> int:
-        return ORDER[course.joint.effect_size][course.state.near]
+        return ORDER[course.joint.effect_size][course.state.rule]
 
     def _marginal(self, key, course: Course, study: Study, finer) -> MarginalLikelihood:
         """The likelihood to report: by quadrature of higher order where there is quadrature."""
         if course.newton.engine.points or course.selected:
             return estimate_marginal(key, course.joint, course.theta, course.weights, study)
+        if course.state.rule == MEANS:
+            order = ORDER[course.joint.effect_size][NEAR]
+            return around_means(
+                course.newton.engine, np.asarray(course.theta), study, course.state.evaluation,
+                order, chunk=self.chunk,
+            )  # fmt: skip
         return by_quadrature(
             course.newton.engine, np.asarray(course.theta), study, course.state.evaluation,
             self._order(course), finer, chunk=self.chunk,
