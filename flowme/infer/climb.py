@@ -87,7 +87,7 @@ class Climb(NamedTuple):
         first = self.ascend("start-0", partial(self._begin, theta, study), study)
         ascents, ends = [first], [first] * first.converged
         look = self._replace(most=min(self.most, LOOK))
-        others = [] if first.interrupted else self._others(np.asarray(theta), first, study, starts)
+        others = self._others(np.asarray(theta), first, study, starts)
         for number, start in enumerate(others):
             begin = partial(self._begin, start, study)
             ascent = look.ascend(f"start-{number + 1}", begin, study, ends)
