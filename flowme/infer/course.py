@@ -81,13 +81,14 @@ def best(courses: list[Course], study: Study, use_priors: bool) -> Course:
 
 
 def _same(one: Course, other: Course) -> bool:
-    """Whether two ends are at one maximum: within a standard error, whatever their heights, which
-    are by few nodes; or as high with the same typical values, for an ω that runs to 0 may stop
-    anywhere on its way."""
-    if apart(one.state, other.state) < 0.5:
+    """Whether two ends are at one maximum: within a standard error or a twentieth, whatever their
+    heights, which are by few nodes; or as high with the same typical values, for an ω that runs to
+    0 may stop anywhere on its way."""
+    population = one.joint.roles.population
+    if apart(one.state, other.state) < 0.5 or not _beside(one, other, list(population)):
         return True
-    names = [name for name, site in one.joint.roles.population.items() if not site.effect]
-    return abs(one.history[-1] - other.history[-1]) < _LEVEL and not _beside(one, other, names)
+    typical = [name for name, site in population.items() if not site.effect]
+    return abs(one.history[-1] - other.history[-1]) < _LEVEL and not _beside(one, other, typical)
 
 
 def failed(log_likelihood: np.ndarray, course: Course, study: Study) -> list[str]:
