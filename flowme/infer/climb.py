@@ -109,7 +109,7 @@ class Climb(NamedTuple):
         kept, prefix = self.kept
         ascent = kept.read(f"{prefix}-{stage}", _LIKE) or begin()
         try:
-            while not ascent.ended and not any(at_end(end.state, ascent.state) for end in ends):
+            while not ascent.ended and not any(_at(end.state, ascent.state) for end in ends):
                 ascent = self._step(ascent, study)
                 kept.write(f"{prefix}-{stage}", ascent)
                 self.bar.update()
@@ -175,8 +175,10 @@ class Climb(NamedTuple):
         state = self.newton.step(self.key, state, self.weights, study)  # squares what was left
         history = np.append(history, state.objective)
         if look_again := done and not ascent.looked_again:
-            # Modes were followed from where θ began: some may have been left behind.
-            state = self.newton.again(self.key, state, self.weights, study)
+            # Modes were followed from where θ began: some may have been left behind. What is found
+            # then may lead far: the trust region of the last, short step says nothing of it.
+            again = state._replace(radius=max(state.radius, 1.0))
+            state = self.newton.again(self.key, again, self.weights, study)
             history = np.append(history, state.objective)
             done = bool(state.gain < self.tolerance)
         looked = ascent.looked_again or look_again
@@ -206,12 +208,15 @@ class Climb(NamedTuple):
         return ascent._replace(ended=bool(why), why=why)
 
 
-def at_end(end: NewtonState, state: NewtonState) -> bool:
-    """Whether a state is at an end that is known: closer in θ than what the likelihood, by its
-    curvature at the end, can tell apart, and about as high."""
-    move = state.theta - end.theta
+def apart(end: NewtonState, state: NewtonState) -> float:
+    """The likelihood that is lost from an end to a state by the curvature at the end: .5 at one
+    standard error. Where it is flat, 1 counts as far."""
     if not np.all(np.isfinite(end.hessian)):
-        return False
+        return np.inf
     values, vectors = np.linalg.eigh(end.hessian)
-    lost = 0.5 * np.sum((np.abs(values) + 1.0) * (vectors.T @ move) ** 2)
-    return bool(lost < 0.1 and abs(end.objective - state.objective) < 0.5)
+    return 0.5 * float((np.abs(values) + 1.0) @ (vectors.T @ (state.theta - end.theta)) ** 2)
+
+
+def _at(end: NewtonState, state: NewtonState) -> bool:
+    """Whether a state is at an end that is known, and sees it."""
+    return apart(end, state) < 0.1 and abs(end.objective - state.objective) < 0.5

@@ -10,7 +10,7 @@ import numpy as np
 from numpyro.distributions import constraints
 
 from flowme.infer.around import log_prior
-from flowme.infer.climb import Ascent, at_end
+from flowme.infer.climb import Ascent, apart
 from flowme.infer.conditional import Conditional
 from flowme.infer.errors import base_support, site_names
 from flowme.infer.joint import Joint
@@ -82,12 +82,14 @@ def best(courses: list[Course], study: Study, use_priors: bool) -> Course:
 
 
 def _same(one: Course, other: Course) -> bool:
-    """Whether two ends are at one maximum: at one place, or as high with the same typical values
-    (an ω that runs to 0 may stop anywhere on its way)."""
-    if at_end(one.state, other.state):
+    """Whether two ends are at one maximum: within a standard error or a twentieth, whatever their
+    heights, which are by few nodes; or as high with the same typical values, for an ω that runs to
+    0 may stop anywhere on its way."""
+    population = one.joint.roles.population
+    if apart(one.state, other.state) < 0.5 or not _beside(one, other, list(population)):
         return True
-    names = [name for name, site in one.joint.roles.population.items() if not site.effect]
-    return abs(one.history[-1] - other.history[-1]) < _LEVEL and not _apart(one, other, names)
+    typical = [name for name, site in population.items() if not site.effect]
+    return abs(one.history[-1] - other.history[-1]) < _LEVEL and not _beside(one, other, typical)
 
 
 def ridges(course: Course) -> list[str]:
@@ -128,7 +130,7 @@ def _named(rival: Course, chosen: Course) -> str:
     gap = 2 * (rival.history[-1] - chosen.history[-1])
     level = abs(gap) < 2 * _LEVEL
     height = "as" if level else f"{abs(gap):.2f} {'lower' if gap > 0 else 'higher'} than"
-    where = _apart(rival, chosen, list(rival.joint.roles.population))
+    where = _beside(rival, chosen, list(rival.joint.roles.population))
     text = (
         f"the likelihood has another maximum, -2LL {-2 * rival.history[-1]:.1f} ({height} at the "
         f"one reported), at {', '.join(where[:8])}{', ...' if len(where) > 8 else ''}."
@@ -141,7 +143,7 @@ def _named(rival: Course, chosen: Course) -> str:
     )
 
 
-def _apart(one: Course, other: Course, names: list[str]) -> list[str]:
+def _beside(one: Course, other: Course, names: list[str]) -> list[str]:
     """The estimates of these parameters in which two ends differ by a twentieth or more, side by
     side."""
     joint, found = one.joint, []
