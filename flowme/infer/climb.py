@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from flowme.infer.around import around
+from flowme.infer.around import around, log_prior
 from flowme.infer.checkpoint import Checkpoint
 from flowme.infer.conditional import Conditional
 from flowme.infer.evaluate import Evaluation
@@ -84,17 +84,13 @@ class Climb(NamedTuple):
             theta, count = ascent.state.theta, 16 * count
             if ascent.interrupted:
                 return [self._begin(theta, study)._replace(interrupted=True, why=ascent.why)]
-        first = self.ascend("start-0", partial(self._begin, theta, study), study)
-        ascents, ends = [first], [first] * first.converged
+        ascents = [self.ascend("start-0", partial(self._begin, theta, study), study)]
         look = self._replace(most=min(self.most, LOOK))
-        others = self._others(np.asarray(theta), first, study, starts)
-        for number, start in enumerate(others):
-            begin = partial(self._begin, start, study)
-            ascent = look.ascend(f"start-{number + 1}", begin, study, ends)
-            ascents.append(ascent)
-            if ascent.interrupted:
-                break
-            ends += [ascent] * ascent.converged
+        for number, start in enumerate(self._others(np.asarray(theta), ascents[0], study, starts)):
+            if ascents[-1].interrupted:
+                return ascents
+            begin, ends = partial(self._begin, start, study), [a for a in ascents if a.converged]
+            ascents.append(look.ascend(f"start-{number + 1}", begin, study, ends))
         return ascents if ascents[-1].interrupted else self._led_on(ascents, study)
 
     def ascend(
@@ -124,9 +120,16 @@ class Climb(NamedTuple):
 
     def _led_on(self, ascents: list[Ascent], study: Study) -> list[Ascent]:
         """The ascents, led on by nodes around means if one had to go by them before its end, or if
-        they see higher ground from the end of the best."""
-        best = max(ascents, key=height)
-        if all(a.state.rule < MEANS for a in ascents) and not self._misled(best, study):
+        they see higher ground from the end of the best (likelihood times prior, as that of all
+        ascents is chosen)."""
+        joint = self.newton.engine.joint
+
+        def density(ascent: Ascent) -> float:
+            return height(ascent) + log_prior(joint, ascent.state.theta, study)
+
+        ends = [ascent for ascent in ascents if ascent.converged]
+        best = ends[0] if len(ends) == 1 else max(ends, key=density, default=ascents[0])
+        if all(a.state.rule < MEANS for a in ends) and not self._misled(best, study):
             return ascents
         found = list(ascents)
         for number, ascent in enumerate(ascents):
