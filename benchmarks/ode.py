@@ -1,6 +1,7 @@
 """How fast are ODEs with sensitivities? One-compartment oral, Tsit5, rtol 1e-6, atol 1e-8.
 
     python benchmarks/ode.py [subjects, 1000]
+    python benchmarks/ode.py fit
 
 Amounts at 10 times of every subject and their derivatives with respect to its ka, V and CL, in one
 run beside: textbook diffrax (`vmap(diffeqsolve)`, `SaveAt(ts)`, forward mode), SciPy's odeint with
@@ -8,9 +9,16 @@ the sensitivity equations, and a C loop of the same method with the same sensiti
 -march=native -ffast-math), if there is a gcc. CPU seconds are the least of several runs; errors
 are relative to the largest element of each subject, against the closed form. Where there is a GPU,
 flowme is timed on it too, for 10 to 100 000 subjects.
+
+`fit`: what compiling the fit of an ODE model costs, 100 subjects, in a process that finds nothing
+in the persistent cache and in the next one. "programs" are what a first fit costs more than a
+second one in CPU seconds: tracing, lowering and compiling, or reading. The parts are JAX's own
+figures, of wall time: right on a machine with nothing else to do.
 """
 
 import ctypes
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from estimation import study_of
+from estimation import by_ode, model_of, study_of
 from scipy.integrate import odeint
 
 import flowme as fm
@@ -231,7 +239,54 @@ def on_gpu():
     print(pd.DataFrame(rows).round(2).to_string(index=False))
 
 
+PARTS = {
+    "jaxpr_trace_duration": "tracing",
+    "jaxpr_to_mlir_module_duration": "lowering",
+    "backend_compile_duration": "compiling or reading",
+}
+
+
+def one_fit():
+    """Prints what the first fit of this process costs, and a second one."""
+    row = dict.fromkeys(["programs", *PARTS.values(), "first", "again"], 0.0)
+
+    def note(event, seconds, **_):
+        name = event.split("/")[-1]
+        if name in PARTS:
+            row[PARTS[name]] += seconds
+
+    study, vem = study_of(100), fm.VariationalEM(model_of(by_ode), starts=1)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    for key in ("first", "again"):
+        begun = time.process_time()
+        vem.run(jax.random.key(0), study, progress=False)
+        row[key] = time.process_time() - begun
+    print(json.dumps(row | {"programs": row["first"] - row["again"]}))
+
+
+def fits():
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        for name in ("cold", "warm"):
+            command = [sys.executable, __file__, "one_fit"]
+            found = subprocess.run(
+                command, env=os.environ | cache, check=True, capture_output=True, text=True
+            )
+            rows[name] = json.loads(found.stdout.splitlines()[-1])
+    print("Fit of an ODE, 100 subjects; seconds")
+    print(pd.DataFrame(rows).T.round(2).to_string())
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["one_fit"]:
+        sys.exit(one_fit())
+    if sys.argv[1:] == ["fit"]:
+        sys.exit(fits())
     main(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)
     if any(d.platform == "gpu" for d in jax.devices()):
         on_gpu()

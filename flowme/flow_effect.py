@@ -107,8 +107,12 @@ class FlowRandomEffect(Scaled):
         return new
 
     def weights_prior(self) -> dist.Distribution:
-        """The shrinking prior w ~ N(0, weights_scale² I), used when the weights are sampled."""
-        return dist.Normal(0.0, self.weights_scale).expand(self.weights.shape).to_event(1)
+        """The prior w_j ~ N(0, (weights_scale · s_j)²) that shrinks weights when they are sampled.
+
+        s_j is 1, or less where the sum over many hidden units enters (`Flow.prior_scale`).
+        """
+        scale = self.weights_scale * self.flow.prior_scale(len(self.names))
+        return dist.Normal(0.0, scale).to_event(1)
 
     def start(self, key, covariance, eta, subjects):
         z = np.asarray(eta) @ np.linalg.inv(np.linalg.cholesky(covariance)).T

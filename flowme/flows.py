@@ -116,6 +116,11 @@ class Flow(abc.ABC):
             kinds += [coupled] * coordinates
         return np.concatenate(number), np.array(kinds)
 
+    def prior_scale(self, dim: int) -> np.ndarray:
+        """How far each weight may be from 0 relative to the others, `[weight]`, for the law to be
+        as free with wide networks as with narrow ones."""
+        return np.ones(self.size(dim))
+
     def bijector(
         self, weights: jax.Array, dim: int, x: jax.Array | None = None
     ) -> distrax.Bijector:
@@ -234,7 +239,7 @@ class SplineCoupling(Flow):
     """
 
     layers: int = 2
-    width: int = 8
+    width: int = 64
     depth: int = 1
     bins: int = 4
     bound: float = 3.0
@@ -272,6 +277,11 @@ class SplineCoupling(Flow):
 
     def start(self, key, z, subjects):
         return _with_marginals(self, self.init(key, z.shape[1]), z, subjects)
+
+    def prior_scale(self, dim):
+        group, depends = self.groups(dim)
+        summed = (group >= 0) & depends[group]  # over the hidden units
+        return np.where(summed, np.sqrt(8 / self.width), 1.0)
 
     def _chain(self, conditioners, dim):
         couplings = conditioners[: self.layers]

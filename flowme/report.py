@@ -205,13 +205,13 @@ def _fit_footer(fit: Fit) -> tuple[str, ...]:
         + (f" ({fit.seconds})." if fit.seconds else "."),
     ]
     if fit.selection is not None and fit.selected is not None:
-        near = slice(max(0, fit.selected - 2), fit.selected + 3)
+        near = slice(max(1, fit.selected - 2), fit.selected + 3)
         lines.append(
             "Subjects held out ask for no more than the Gaussian, which was kept."
             if fit.selected == 0
             else "Subjects held out: the learned distribution changes -2 log-likelihood by "
             f"{-2 * fit.selection[near].mean():+.1f} against the Gaussian "
-            f"(learning stopped after {fit.selected} updates)."
+            f"(learning stopped after {fit.selected - 1} updates)."
         )
     if fit.weights and fit.covariance() is not None:
         lines.append("Standard errors hold the flow's weights fixed.")

@@ -11,7 +11,7 @@ from flowme.mixture_effect import MixtureRandomEffect
 
 FLOWS = {
     "spline coupling, 3d": (flows.SplineCoupling(layers=3, width=5, bins=6), 3),
-    "deep splines alone, 5d": (flows.SplineCoupling(layers=2, depth=2, components=0), 5),
+    "deep splines alone, 5d": (flows.SplineCoupling(width=8, depth=2, components=0), 5),
     "marginal mixture, 1d": (flows.MarginalMixture(), 1),
     "marginal mixture, 3d": (flows.MarginalMixture(components=4), 3),
     "monotone spline, 3d": (flows.MonotoneSpline(bins=5), 3),
@@ -21,7 +21,8 @@ FLOWS = {
 def bent_weights(flow: flows.Flow, dim: int, seed: int = 1, by: float = 0.4) -> jax.Array:
     """Weights far from the identity."""
     start = flow.init(jax.random.key(seed), dim)
-    return start + by * jax.random.normal(jax.random.key(seed + 1), start.shape)
+    scale = by * flow.prior_scale(dim)
+    return start + scale * jax.random.normal(jax.random.key(seed + 1), start.shape)
 
 
 def _corr_cholesky(size: int) -> jax.Array:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
 from flowme.infer.newton import Newton, newton_of
+from flowme.infer.plan import FIRM
 from flowme.infer.resampled import Bootstrap
 from flowme.infer.starts import from_gaussian, gaussians
 from flowme.infer.vem import VariationalEM
@@ -39,7 +40,6 @@ def bootstrap(
     *,
     path: str | Path | None = None,
     group: int = 20,
-    dependence: float = 8.0,
     progress: bool = True,
     **options: Any,
 ) -> Bootstrap:
@@ -57,7 +57,6 @@ def bootstrap(
         path: a file (`.npz`) to which every finished group is written, and which is taken up again
             by the same call with the same result.
         group: replicates between two writings.
-        dependence: penalty on dependence between coordinates of a flow.
         progress: show a progress bar. Interrupting (Ctrl-C) returns the groups that are finished.
         **options: of `VariationalEM`, those of the fit.
 
@@ -70,7 +69,7 @@ def bootstrap(
     vem = VariationalEM(fit.joint.model, use_priors=fit.use_priors, **options)
     engine: Any = _Climb.of(vem, fit)
     if fit.selected:
-        engine = _Relearn.of(vem, fit, dependence)
+        engine = _Relearn.of(vem, fit)
     file = _File.of(path, fit, key)
     done = file.read()
     messages: tuple[str, ...] = ()
@@ -147,7 +146,7 @@ class _Relearn(NamedTuple):
     names: tuple[str, ...]  # the random effects with a flow
 
     @classmethod
-    def of(cls, vem: VariationalEM, fit: Fit, dependence: float) -> _Relearn:
+    def of(cls, vem: VariationalEM, fit: Fit) -> _Relearn:
         laws = {n: law for n, law in fit.joint.roles.laws.items() if f"{n}_weights" in fit.weights}
         joint = Joint.of(replace_effect(fit.joint.model, **gaussians(laws)), fit.study)
         known = {k: v for k, v in fit.params.items() if k in joint.roles.population}
@@ -164,6 +163,7 @@ class _Relearn(NamedTuple):
         )
         learn = vem._learn(fit.joint, _Climb.of(vem, fit).newton.engine.references)
         everyone = np.ones(fit.study.subjects.size)
+        dependence = FIRM if fit.dependence is None else fit.dependence
 
         def update(key, state, rows):
             study = jax.tree.map(lambda x: jnp.asarray(x)[rows], fit.study)
@@ -197,7 +197,7 @@ class _Relearn(NamedTuple):
         )
         known = {k: v for k, v in self.fit.params.items() if k in joint.roles.population}
         laws = {n: joint.roles.laws[n] for n in self.names}
-        values, weights = from_gaussian(key, joint, laws, first, {}, rows)
+        values, weights = from_gaussian(key, joint, laws, {}, first, rows)
         own = jax.tree.map(lambda x: x[rows], conditional)
         return self.learn.start(joint.unconstrain({**known, **values}), weights, own)
 

@@ -35,6 +35,7 @@ class Course(NamedTuple):
     state: NewtonState  # where the Newton iteration ended
     selection: np.ndarray | None = None
     selected: int | None = None
+    dependence: float | None = None
     messages: tuple[str, ...] = ()
     interrupted: bool = False
 

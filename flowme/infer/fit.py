@@ -47,9 +47,11 @@ class Fit:
         converged: whether the stopping rule was met.
         messages: what the user should know: failed subjects, degenerate parameters, why stopped.
         use_priors: MAP instead of maximum likelihood.
-        selection: for flows, the held-out log-likelihood after each number of updates, relative
-            to none (the Gaussian), under the penalty that was chosen.
-        selected: for flows, the number of updates chosen; 0: the Gaussian was kept.
+        selection: for flows, the held-out log-likelihood of each number of the path (see
+            `selected`), relative to number 0, under the penalty that was chosen.
+        selected: for flows, the number chosen: 0 the Gaussian, 1 the flow as it was started (its
+            marginal shapes read off the Gaussian fit), 2 after one update, and so on.
+        dependence: for flows, the penalty on dependence between coordinates that was chosen.
         outer: the outer product Σ_i s_i s_iᵀ of the subjects' scores s_i at θ.
         method: how `log_likelihood` was found.
         seconds: how long the estimation took, and its compilation.
@@ -69,6 +71,7 @@ class Fit:
     use_priors: bool = False
     selection: np.ndarray | None = None
     selected: int | None = None
+    dependence: float | None = None
     outer: np.ndarray | None = None
     method: str = "importance sampling"
     seconds: Seconds | None = None
@@ -166,6 +169,7 @@ def save(fit: Fit, path: str | Path) -> Path:
         "messages": list(fit.messages),
         "use_priors": fit.use_priors,
         "selected": fit.selected,
+        "dependence": fit.dependence,
         "method": fit.method,
         "seconds": fit.seconds,
     }
@@ -214,6 +218,7 @@ def load(path: str | Path, model: Callable, study: Study) -> Fit:
         use_priors=header["use_priors"],
         selection=arrays.get("selection"),
         selected=header["selected"],
+        dependence=header.get("dependence"),
         outer=arrays.get("outer"),  # files of older versions lack this, the method and the time
         method=header.get("method", "importance sampling"),
         seconds=Seconds(*header["seconds"]) if header.get("seconds") else None,

@@ -2,11 +2,12 @@
 
 One update:
 
-1. E-step: fresh importance nodes η_ik around every subject's conditional distribution, their
-   likelihood, and from the normalised weights `draws` draws per subject;
-2. M-step of the density: `inner` optax steps on Σ_i log p(η_i - δ; ω, R, w) over the flow's weights
-   w, its scales and correlations and a shift δ of referenced effects, which the population
-   parameters then take over (parameter-expanded EM: Liu, Rubin & Wu 1998);
+1. E-step: fresh importance nodes η_ik around every subject's conditional distribution, and their
+   likelihood;
+2. M-step of the density: `inner` optax steps on Σ_i log p(η_i - δ; ω, R, w), each with `draws` new
+   draws of η_i from the weighted nodes, over the flow's weights w, its scales and correlations and
+   a shift δ of referenced effects, which the population parameters then take over
+   (parameter-expanded EM: Liu, Rubin & Wu 1998);
 3. one damped Newton step on the marginal likelihood for everything else (residual error, ...).
 
 The unrestricted maximum is a discrete distribution, so the density is held back in two ways. A
@@ -59,7 +60,7 @@ class Learn(NamedTuple):
         references: which population parameters can take over a shift of an effect.
         optimizer: an optax optimiser of the density's parameters.
         points: importance nodes per subject.
-        draws: draws per subject in the M-step.
+        draws: draws per subject in each step of the M-step.
         inner: optimiser steps per update.
         penalty: μ, of the groups that shape a marginal.
         use_priors: maximise log p(y; θ) + log p(θ).
@@ -97,9 +98,12 @@ class Learn(NamedTuple):
         likelihood, effect = self._terms(state, nodes, study)
         log_likelihood = log_mean(likelihood, effect, nodes.log_weight)
         log_posterior = likelihood + effect + nodes.log_weight
-        eta = resample(key_draws, nodes.eta, log_posterior, self.draws)
         mask = mask * jnp.isfinite(log_likelihood)
-        parameters, optimizer = self._fit_density(state, eta, mask, dependence, study)
+
+        def drawn(key):
+            return resample(key, nodes.eta, log_posterior, self.draws)
+
+        parameters, optimizer = self._fit_density(key_draws, state, drawn, mask, dependence, study)
         theta, weights, shift = self._absorb(state, parameters)
         fixed = Nodes(nodes.eta, nodes.log_weight + effect)
         fixed = without_impossible(fixed, likelihood, state.conditional)
@@ -121,12 +125,16 @@ class Learn(NamedTuple):
         shift = jnp.zeros(self.joint.effect_size)
         return {"theta": theta, "weights": weights, "shift": shift}
 
-    def _fit_density(self, state, eta, mask, dependence, study):
-        """`inner` optimiser steps on the draws `eta` `[draw, subject, effect]`."""
+    def _fit_density(self, key, state, drawn, mask, dependence, study):
+        """`inner` optimiser steps, each on draws of its own, `[draw, subject, effect]`.
+
+        (On the same draws all steps of Adam, which are as long in a direction of noise as in any
+        other, would go after the noise of those.)
+        """
         total = jnp.maximum(mask.sum(), 1.0)
         parameters = self._density_parameters(state.theta, state.weights)
 
-        def loss(parameters):
+        def loss(parameters, eta):
             theta, weights, shift = self._absorb(state, parameters)
             values = self.joint.constrain(theta)
             density = jax.vmap(lambda e: self.joint.effect_density(values, weights, e, study))(
@@ -136,12 +144,14 @@ class Learn(NamedTuple):
             held_back = self._group_penalty(weights, dependence)
             return -(jnp.sum(density * mask) / self.draws + prior - held_back) / total
 
-        def step(carry, _):
+        def step(carry, key):
             parameters, optimizer = carry
-            moves, optimizer = self.optimizer.update(jax.grad(loss)(parameters), optimizer)
+            gradient = jax.grad(loss)(parameters, drawn(key))
+            moves, optimizer = self.optimizer.update(gradient, optimizer)
             return (optax.apply_updates(parameters, moves), optimizer), None
 
-        carry, _ = jax.lax.scan(step, (parameters, state.optimizer), None, length=self.inner)
+        keys = jax.random.split(key, self.inner)
+        carry, _ = jax.lax.scan(step, (parameters, state.optimizer), keys)
         return carry
 
     def _group_penalty(self, weights, dependence):

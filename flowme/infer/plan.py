@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flowme.infer.joint import Weights
 from flowme.infer.learn import Block, Learn, LearnState
 
-DEPENDENCE = (8.0, 16.0)  # penalties on dependence between coordinates, chosen by held-out fit
+DEPENDENCE = (0.3, 8.0)  # penalties on dependence between coordinates, chosen by held-out fit
+FIRM = 8.0  # the one where nobody is held out to stop the learning
 _PATIENCE = 8  # updates without a better held-out likelihood after which a flow is stopped
 
 
@@ -38,7 +37,7 @@ class Plan(NamedTuple):
     def of(cls, key, learn: Learn, size: int, count: int) -> Plan:
         laws = [law for law in learn.joint.roles.laws.values() if getattr(law, "network", False)]
         depends = any(law.flow.groups(len(law.names))[1].any() for law in laws)
-        penalties = DEPENDENCE if depends and count else DEPENDENCE[:1]
+        penalties = (DEPENDENCE if depends else DEPENDENCE[:1]) if count else (FIRM,)
         count = min(count, size)
         folds = np.asarray(jax.random.permutation(key, np.arange(size) % max(count, 1)))
         masks = np.concatenate([folds != np.arange(count)[:, None], np.ones((1, size), bool)])
@@ -50,19 +49,22 @@ class Plan(NamedTuple):
             (count + 1) * np.arange(1, len(penalties) + 1) - 1,
         )
 
-    def states(self, start: LearnState, weights: list[Weights]) -> LearnState:
-        """The start of each, with its own weights, `[state, ...]`."""
-        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(self.masks), *x.shape)), start)
-        return states._replace(weights=jax.tree.map(lambda *w: jnp.stack(w), *weights))
+    @property
+    def sets(self) -> np.ndarray:
+        """The subjects that each fold learns from, and all, `[fold + 1, subject]`."""
+        return self.masks[: self.fold_count + 1]
+
+    def per_penalty(self, found: list[Any]) -> list[Any]:
+        """What belongs to each of the `sets`, for each state."""
+        return found * len(self.everyone)
 
     def gaussian(self, start: LearnState, log_likelihood: np.ndarray) -> Block:
-        """The first of the path: the Gaussian fit."""
+        """The first of the path: the Gaussian fits, `log_likelihood` `[state, subject]`."""
         shape = (1, len(self.everyone))
         theta, weights = jax.tree.map(
             lambda x: np.broadcast_to(x, (*shape, *x.shape)), (start.theta, start.weights)
         )
-        each: Any = np.broadcast_to(log_likelihood, (1, *self.masks.shape))
-        return Block(each, theta, weights)
+        return Block(log_likelihood[None], theta, weights)  # type: ignore[arg-type]
 
     @property
     def title(self) -> str:
@@ -93,14 +95,24 @@ class Plan(NamedTuple):
         return bool(np.all(np.argmax(gain, axis=0) < len(gain) - _PATIENCE))
 
     def choose(self, path: Block) -> tuple[int, int, np.ndarray | None]:
-        """The update and penalty with the best held-out likelihood, and its curve; no update at
-        all, the Gaussian, unless it is better by more than a standard error of the difference."""
+        """The update and penalty with the best held-out likelihood, and its curve.
+
+        Where held-out subjects cannot tell two penalties apart, by a standard error of the
+        difference, the smaller one: little dependence costs new subjects less where there is none
+        than they lose where it is held back. The Gaussian, no update at all, unless the flow is
+        better by more than a standard error.
+        """
         if not self.fold_count:
             return len(path.theta) - 1, 0, None
         smooth, gain = self._smooth(path), self.held_out(path)
-        update, penalty = map(int, np.unravel_index(np.argmax(smooth), smooth.shape))
-        error = np.sqrt(gain.shape[2]) * gain[update, penalty].std(ddof=1)
-        if smooth[update, penalty] <= error:
+        updates = np.argmax(smooth, axis=0)
+        each = gain[updates, np.arange(len(updates))]  # [penalty, subject]
+        best = smooth.max(axis=0)
+        behind = best.max() - best
+        told_apart = behind > _error(each[np.argmax(best)] - each)
+        penalty = int(np.argmin(told_apart))
+        update = int(updates[penalty])
+        if best[penalty] <= _error(each[penalty]):
             update = 0
         return update, penalty, gain[:, penalty].sum(1)
 
@@ -113,7 +125,16 @@ class Plan(NamedTuple):
         return f"the flow was still improving after {len(path.theta)} updates: raise flow_updates"
 
     def _smooth(self, path: Block) -> np.ndarray:
-        """Total gain `[update, penalty]`, a running mean of five: each update draws fresh nodes,
-        so the curve is noisy."""
-        total = np.pad(self.held_out(path).sum(2), ((2, 2), (0, 0)), mode="edge")
-        return np.mean([total[k : len(total) - 4 + k] for k in range(5)], axis=0)
+        """Total gain `[update, penalty]`, from number 1 a running mean of five: each update draws
+        fresh nodes, so the curve is noisy. (Number 0, the Gaussian, is not one of its points.)"""
+        total = self.held_out(path).sum(2)
+        if len(total) == 1:
+            return total
+        wide = np.pad(total[1:], ((2, 2), (0, 0)), mode="edge")
+        flows = np.mean([wide[k : len(wide) - 4 + k] for k in range(5)], axis=0)
+        return np.concatenate([total[:1], flows])
+
+
+def _error(gain: np.ndarray) -> np.ndarray:
+    """The standard error of a total over subjects, the last axis."""
+    return np.sqrt(gain.shape[-1]) * gain.std(axis=-1, ddof=1)

@@ -36,7 +36,7 @@ def gaussians(laws: dict[str, RandomEffect]) -> dict[str, GaussianRandomEffect]:
     }
 
 
-def from_gaussian(key, joint: Joint, laws, first: Course | Fit, init, chosen=slice(None)):
+def from_gaussian(key, joint: Joint, laws, init, first: Course | Fit, chosen=slice(None)):
     """Values and weights to start `joint` from, given the Gaussian fit to the chosen subjects."""
     values = {k: np.asarray(v) for k, v in first.joint.constrain(first.theta).items()}
     values = {k: v for k, v in values.items() if k in joint.roles.population}

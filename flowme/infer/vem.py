@@ -31,14 +31,14 @@ from flowme.infer.marginal import (
     estimate_marginal,
 )
 from flowme.infer.newton import MEANS, NEAR, ORDER, Newton, NewtonState, newton_of
-from flowme.infer.plan import DEPENDENCE, Learned, Plan
+from flowme.infer.plan import FIRM, Learned, Plan
 from flowme.infer.references import References
 from flowme.infer.starts import from_gaussian, gaussians, needs_start
 from flowme.primitives import replace_effect
 from flowme.study import Study
 
 _BLOCK = 5  # updates of a flow in one compiled call, between two moves of the progress bar
-_INNER = 10  # optimiser steps per update
+_INNER = 20  # optimiser steps per update
 
 
 class VEMState(NamedTuple):
@@ -82,7 +82,7 @@ class VariationalEM:
         chunk: subjects evaluated together, on one device: memory grows with it, not with the
             study. Further devices and processes take further chunks (`flowme.infer.parallel`).
         optimizer: optax optimiser of the flow's weights; by default Adam whose rate falls from
-            .005 along a cosine.
+            .0025 along a cosine.
 
     Example:
         >>> fit = VariationalEM(model).run(jax.random.key(0), study)  # doctest: +SKIP
@@ -119,7 +119,7 @@ class VariationalEM:
         self.folds = folds
         self.chunk = chunk
         if optimizer is None:
-            optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, _INNER * flow_updates, 0.05))
+            optimizer = optax.adam(optax.cosine_decay_schedule(2.5e-3, _INNER * flow_updates, 0.05))
         self.optimizer = optimizer
         self._programs: dict[Any, Any] = {}  # compiled programs, for studies of the same shape
 
@@ -144,7 +144,7 @@ class VariationalEM:
             learn, (key, key_update) = state.engine, jax.random.split(state.key)
             everyone = jnp.ones(study.subjects.size)
             program = self._program((state.engine, "update"), lambda: learn.update)
-            learned = program(key_update, state.inner, everyone, DEPENDENCE[0], study)
+            learned = program(key_update, state.inner, everyone, FIRM, study)
             state = state._replace(key=key, inner=learned)
         return state, self.evaluate(state)
 
@@ -199,8 +199,8 @@ class VariationalEM:
         said = tuple(f"Gaussian random effects: {message}" for message in first.messages)
         if first.interrupted:
             return self._finish(keys[3], first, study, clock)
-        start_from = partial(from_gaussian, keys[1], joint, laws, first, init or {})
-        values, weights = start_from()
+        start_from = partial(from_gaussian, keys[1], joint, laws, init or {})
+        values, weights = start_from(first)
         if weights:
             course = self._learn_flow(keys[2], joint, start_from, first, study, progress, kept)
         else:
@@ -238,16 +238,23 @@ class VariationalEM:
         """Updates of the flow from the Gaussian fit, as many as held-out subjects ask for.
 
         For every penalty on dependence, the folds and the fit to all subjects run side by side;
-        the latter is read off where the former are best. Number 0 is the Gaussian itself.
+        the latter is read off where the former are best. Number 0 is the Gaussian itself, of each
+        fold its own: subjects held out have had no part in where its learning starts.
         """
-        values, _ = start_from()
         learn = self._learn(joint, first.newton.engine.references)
-        begin = learn.start(joint.unconstrain(values), start_weights(joint), first.conditional)
         key_fold, key_run = jax.random.split(key)
         plan = Plan.of(key_fold, learn, study.subjects.size, self.folds)
-        own = [start_from(np.flatnonzero(mask))[1] for mask in plan.masks]
-        gaussian = plan.gaussian(begin, first.state.evaluation.log_likelihood)
-        learned = Learned(plan.states(begin, own), gaussian)
+        own = plan.per_penalty([self._without(mask, first, study) for mask in plan.sets])
+        states = []
+        for course, mask in zip(own, plan.masks, strict=True):
+            values, weights = start_from(course, np.flatnonzero(mask))
+            states.append(learn.start(joint.unconstrain(values), weights, course.conditional))
+        begin = states[plan.everyone[0]]
+        each = [course.state.evaluation.log_likelihood for course in own]
+        learned = Learned(
+            jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *states),
+            plan.gaussian(begin, np.stack(each)),
+        )
         learned = self._update_flows(key_run, learn, plan, learned, study, progress, kept)
         if not learned.blocks:
             return first._replace(why=learned.why, converged=False)
@@ -266,7 +273,19 @@ class VariationalEM:
             newton=first.newton if update == 0
             else Newton(Engine(joint, learn.references, 64), self.use_priors, self.chunk),
             selection=selection, selected=update, messages=(),
+            dependence=float(plan.dependence[plan.everyone[candidate]]),
         )  # fmt: skip
+
+    def _without(self, mask, first: Course, study: Study) -> Course:
+        """The Gaussian fit to the subjects whose `mask` is 1, from the fit to all."""
+        if np.all(mask > 0):
+            return first
+        newton, key = first.newton._replace(counts=mask), jax.random.key(0)
+        state = newton.near(key, first.theta, first.weights, study, first.conditional.mean)
+        state, _ = newton.finish(key, state, first.weights, study)
+        return first._replace(
+            theta=state.theta, conditional=state.evaluation.conditional, state=state
+        )
 
     def _update_flows(self, key, learn: Learn, plan: Plan, begun: Learned, study, progress, kept):
         """Blocks of updates, until no penalty has improved for a while."""
@@ -320,6 +339,7 @@ class VariationalEM:
             use_priors=self.use_priors,
             selection=course.selection,
             selected=course.selected,
+            dependence=course.dependence,
             outer=outer,
             method=marginal.method,
         )
