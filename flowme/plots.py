@@ -193,7 +193,8 @@ def convergence(fit: Fit) -> Figure:
             ax.annotate("Gaussian", (len(gain) - 1, 0), xytext=(0, 4), ha="right",
                         textcoords="offset points")  # fmt: skip
             ax.plot(np.arange(len(gain)), gain, "-o", ms=3, color=_RUST, lw=1.5)
-            ax.set(xlabel="0: Gaussian, 1: start of the flow, then updates", ylabel="change of -2 log-likelihood")
+            ax.set(xlabel="0: Gaussian, 1: start of the flow, then updates")
+            ax.set(ylabel="change of -2 log-likelihood")
             ax.set_title("subjects held out")
     return figure
 
