@@ -55,7 +55,8 @@ def written_out(size: int, function: Callable, *axes: Any) -> Callable:
             for x, axis in zip(leaves, spread, strict=True)
         ]
         program = jax.make_jaxpr(function)(*jax.tree.unflatten(tree, one))
-        if _longest(program.jaxpr) > _MANY:
+        least, most = _sizes(program.jaxpr)
+        if least == 0 or most > _MANY:
             return jax.vmap(function, axes, out_axes=-1, axis_size=size)(*args)
         given = [_elements(x, shape.shape) for x, shape in zip(leaves, one, strict=True)]
         (found,) = _run(program.jaxpr, program.consts, given)
@@ -66,10 +67,11 @@ def written_out(size: int, function: Callable, *axes: Any) -> Callable:
     return rows
 
 
-def _longest(jaxpr: Jaxpr) -> int:
-    """Elements of the largest array of a program."""
+def _sizes(jaxpr: Jaxpr) -> tuple[int, int]:
+    """Elements of the smallest and of the largest array of a program."""
     variables: list[Any] = [*jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)]
-    return max((int(np.prod(v.aval.shape)) for v in variables), default=0)
+    sizes = [int(np.prod(v.aval.shape)) for v in variables]
+    return min(sizes, default=0), max(sizes, default=0)
 
 
 def _elements(x: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -179,7 +181,7 @@ def _kept_whole(jaxpr: Jaxpr, eqn: Any, values: list[np.ndarray]) -> list[np.nda
 def _sum(values: list[np.ndarray], eqn: Any) -> list[np.ndarray]:
     (x,), axes, zero = values, eqn.params["axes"], eqn.outvars[0].aval.dtype.type(0)
     rest = np.moveaxis(x, axes, range(len(axes))).reshape(-1, *eqn.outvars[0].aval.shape)
-    return [_each(lambda *terms: reduce(_plus, terms, zero), list(rest))]
+    return [_each(lambda *terms: reduce(_plus, terms, zero), [_boxed(part) for part in rest])]
 
 
 def _placed(values: list[np.ndarray], eqn: Any) -> list[np.ndarray]:
@@ -188,6 +190,12 @@ def _placed(values: list[np.ndarray], eqn: Any) -> list[np.ndarray]:
     wide = np.ones(len(shape), int)
     wide[list(eqn.params["broadcast_dimensions"])] = x.shape
     return [np.broadcast_to(x.reshape(wide), shape)]
+
+
+def _reshaped(x: np.ndarray, eqn: Any) -> np.ndarray:
+    order = eqn.params["dimensions"]  # in which the axes are read
+    x = x if order is None else np.transpose(x, order)
+    return x.reshape(eqn.params["new_sizes"])
 
 
 def _sliced(values: list[np.ndarray], eqn: Any) -> list[np.ndarray]:
@@ -205,7 +213,7 @@ _STRUCTURES: dict[str, Callable[[list[np.ndarray], Any], list[np.ndarray]]] = {
     "broadcast_in_dim": _placed,
     "concatenate": lambda x, eqn: [np.concatenate(x, axis=eqn.params["dimension"])],
     "reduce_sum": _sum,
-    "reshape": lambda x, eqn: [x[0].reshape(eqn.params["new_sizes"])],
+    "reshape": lambda x, eqn: [_reshaped(x[0], eqn)],
     "rev": lambda x, eqn: [np.flip(x[0], eqn.params["dimensions"])],
     "slice": _sliced,
     "split": _divided,

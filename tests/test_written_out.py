@@ -37,7 +37,18 @@ def loops(event, s, y, theta):
     return y[jnp.argmin(v)] + jax.lax.scan(lambda c, x: (c + x, c * x), 0.0, y)[1]
 
 
-@pytest.mark.parametrize("function", [reactions, structures, calls, loops])
+def orders(event, s, y, theta):
+    k, v = theta
+    square = jnp.outer(y, v)
+    total = jnp.sum(y) + jnp.mean(square) + jnp.linalg.norm(v) + jax.nn.logsumexp(y)
+    return square.ravel(order="F")[:3] + total + jax.grad(lambda y: jnp.sum(y**2))(y)
+
+
+def empty(event, s, y, theta):
+    return y * theta[0] + jnp.sum(y[:0]) + jnp.concatenate([y[:0], y])
+
+
+@pytest.mark.parametrize("function", [reactions, structures, calls, loops, orders, empty])
 @pytest.mark.parametrize("shared", [False, True])
 def test_of_rows(function, shared):
     rows, rng = 5, np.random.default_rng(0)

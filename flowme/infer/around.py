@@ -52,7 +52,7 @@ def around(
         return np.zeros((0, joint.size))
     array = covering(own.sum())
     more = max(0, (count or 0) - len(array))
-    array = np.concatenate([array, 2 * qmc.Sobol(own.sum(), seed=0).random(more) - 1])[:count]
+    array = np.concatenate([array, 2 * qmc.Halton(own.sum(), seed=0).random(more) - 1])[:count]
     directions = np.zeros((len(array), joint.size))
     directions[:, own] = array
     return near + step * directions

@@ -125,7 +125,9 @@ class Climb(NamedTuple):
         joint = self.newton.engine.joint
 
         def density(ascent: Ascent) -> float:
-            return height(ascent) + log_prior(joint, ascent.state.theta, study)
+            known = self.newton.use_priors  # then the prior is in the height already
+            prior = 0.0 if known else log_prior(joint, ascent.state.theta, study)
+            return height(ascent) + (prior if np.isfinite(prior) else 0.0)
 
         ends = [ascent for ascent in ascents if ascent.converged]
         best = ends[0] if len(ends) == 1 else max(ends, key=density, default=ascents[0])
@@ -137,6 +139,7 @@ class Climb(NamedTuple):
                 begin = partial(self._finer, ascent._replace(steps=0), study)
                 found[number] = self.ascend(f"means-{number}", begin, study)
                 if found[number].interrupted:
+                    found[number] = ascent._replace(interrupted=True)
                     break
         return found
 

@@ -66,7 +66,7 @@ def best(courses: list[Course], study: Study, use_priors: bool) -> Course:
     heights = np.nan_to_num([course.history[-1] for course in ends], nan=-np.inf)
     if len(ends) > 1 and not use_priors:
         priors = [log_prior(course.joint, course.state.theta, study) for course in ends]
-        heights = heights + np.nan_to_num(priors, posinf=0.0)
+        heights = heights + (priors if np.all(np.isfinite(priors)) else 0.0)
     chosen = ends[int(np.argmax(heights))]
     ends = [course for course in ends if course.converged]
     chosen = next((c for c in [chosen, *ends] if c.converged and _same(chosen, c)), chosen)

@@ -249,7 +249,8 @@ class VariationalEM:
         for course, mask in zip(own, plan.masks, strict=True):
             values, weights = start_from(course, np.flatnonzero(mask))
             states.append(learn.start(joint.unconstrain(values), weights, course.conditional))
-        begin = states[plan.everyone[0]]
+        # Number 0 is the law as it is before anything is learned: the Gaussian.
+        begin = states[plan.everyone[0]]._replace(weights=start_weights(joint))
         each = [course.state.evaluation.log_likelihood for course in own]
         learned = Learned(
             jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *states),
