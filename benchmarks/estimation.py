@@ -1,6 +1,6 @@
 """How fast is an estimation, and how close to the maximum? One table per question.
 
-    python benchmarks/estimation.py [size] [ode] [starts]
+    python benchmarks/estimation.py [size] [ode] [starts] [devices]
 
 CPU seconds are of the whole process; "first" includes compilation, "again" is a second fit of the
 same model in the same process, with the errors of the estimates and the likelihood by a finer rule;
@@ -160,6 +160,31 @@ def ode():
     yield row(model_of(by_ode), study_of(100))
 
 
+def devices():
+    """On every kind of device there is: wall seconds of a first fit (with compilation) and of a
+    second one, and -2LL, which is to be the same."""
+    closed, flow = model_of(fm.oral_one_compartment), fm.FlowRandomEffect(NAMES)
+    cases = {
+        "closed form": (closed, study_of(1000)),
+        "closed form, many": (closed, study_of(100_000)),
+        "ODE": (model_of(by_ode), study_of(1000)),
+        "flow": (fm.replace_effect(closed, eta=flow), study_of(500)),
+    }
+    for name, (model, study) in cases.items():
+        for kind in dict.fromkeys([jax.default_backend(), "cpu"]):
+            with jax.default_device(jax.devices(kind)[0]):
+                vem, found = fm.VariationalEM(model, starts=1), []
+                for key in (0, 1):
+                    begun = time.perf_counter()
+                    fit = vem.run(jax.random.key(key), study, progress=False)
+                    found.append(time.perf_counter() - begun)
+                yield {
+                    "model": name, "subjects": study.subjects.size, "device": kind,
+                    "wall s first": found[0], "wall s again": found[1],
+                    "-2LL": fit.minus_two_ll, "error": fit.minus_two_ll_se,
+                }  # fmt: skip
+
+
 def starts():
     """Theophylline from starting values a factor of 5 off each way."""
     study = fm.datasets.theophylline()
@@ -173,7 +198,12 @@ def starts():
 
 
 if __name__ == "__main__":
-    questions = {f.__name__: f for f in (size, ode, starts)}
+    questions = {f.__name__: f for f in (size, ode, starts, devices)}
     for name in sys.argv[1:] or questions:
         print(f"\n{questions[name].__doc__}", flush=True)
-        print(pd.DataFrame(questions[name]()).round(3).to_string(index=False), flush=True)
+        rows = []
+        for answer in questions[name]():  # each as it comes: what was found is not lost
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in answer.items()},
+                  file=sys.stderr, flush=True)  # fmt: skip
+            rows.append(answer)
+        print(pd.DataFrame(rows).round(3).to_string(index=False), flush=True)
