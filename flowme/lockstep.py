@@ -19,11 +19,14 @@ import numpy as np
 from jax import Array
 from jax.custom_batching import custom_vmap
 
+from flowme.accelerator import on_accelerator
 from flowme.written_out import written_out
 
 __all__ = ["lockstep"]
 
-_CHUNK = 128  # rows in one loop: it runs as long as the slowest of them needs
+# Rows in one loop, which runs as long as the slowest of them needs: on a CPU its time grows with
+# the rows; on a GPU or TPU it is that of its steps, whatever the rows (benchmarks/ode.py).
+_CHUNK, _CHUNK_OF_ACCELERATOR = 128, 2**17
 _FEW = 48  # elements of a state that are taken apart; beyond, compiling takes too long
 _TABLE = diffrax.Tsit5.tableau
 
@@ -50,7 +53,7 @@ def _of_rows(run: Callable, rowed: Sequence[bool]) -> Callable:
         if not any(rowed):
             return run([-1] * len(leaves), [x[..., None] for x in leaves])[..., 0]
         rows = next(len(x) for x, row in zip(leaves, rowed, strict=True) if row)
-        size = min(rows, _CHUNK)
+        size = min(rows, _CHUNK_OF_ACCELERATOR if on_accelerator() else _CHUNK)
         chunks = -(-rows // size)
         last = np.minimum(np.arange(chunks * size), rows - 1)  # the last row fills up its chunk
 

@@ -20,9 +20,9 @@ def found():
     calls, shardings = [], set()
     at_once, on_mesh, usual = parallel._at_once, parallel.on_mesh, marginal.CHUNK
 
-    def count(devices, program, static, shared, chunks):
+    def count(devices, beside, program, static, shared, chunks):
         calls.append(len(chunks))
-        return at_once(devices, program, static, shared, chunks)
+        return at_once(devices, beside, program, static, shared, chunks)
 
     def look(*args):
         result = on_mesh(*args)
@@ -49,6 +49,7 @@ def found():
         "sampled": sampled.total,
         "shardings": sorted(shardings),
         "chunks": chunks,
+        "most at once": max(calls),
     }
 
 

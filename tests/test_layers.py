@@ -26,6 +26,7 @@ LAYERS = {
         "simulated",
     },
     2: {
+        "accelerator",
         "covariate",
         "quantile",
         "flows",

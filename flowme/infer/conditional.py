@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 from jax.scipy.special import logsumexp
 from scipy.stats import norm, qmc
 
@@ -155,6 +156,7 @@ def _expand(predicted: Callable, eta: jax.Array) -> tuple[jax.Array, jax.Array, 
     return log_prob(x), slope, curvature
 
 
+@custom_vmap
 def _cholesky(matrix: jax.Array) -> jax.Array:
     """Cholesky factors; of a matrix that is not positive definite, of |A|, which has its
     eigenvectors and the absolute values of its eigenvalues and bounds it: along a narrow ridge
@@ -171,6 +173,13 @@ def _cholesky(matrix: jax.Array) -> jax.Array:
         return jnp.where(failed, jnp.linalg.cholesky(bound), factor)
 
     return jax.lax.cond(jnp.any(failed), bounded, lambda _: factor, None)
+
+
+@_cholesky.def_vmap
+def _(size: int, batched: list[bool], matrix: jax.Array) -> tuple[jax.Array, bool]:
+    """One question for all: whether any has failed. (`vmap` would have both answers always.)"""
+    del size, batched
+    return _cholesky(matrix), True
 
 
 def _inverse(tril: jax.Array) -> jax.Array:

@@ -3,10 +3,11 @@
 Subjects are independent given θ. A chunk of them is one call of a compiled program; chunks are
 numbered, and a chunk's random numbers depend on its number.
 
-- Every local device has a chunk at a time: D chunks are one array `[chunk, subject, ...]`, sharded
-  over a mesh (`jax.sharding`), and the program is mapped over it (`jax.shard_map`). Devices then
-  exchange nothing. (Left to XLA, one chunk divided over two devices exchanged values at every
-  node: it took twice as long as on one.)
+- Every local device has a chunk at a time, a GPU or TPU as many as keep it busy: its program is
+  then mapped over them (`jax.vmap`). On several devices all of these are one array
+  `[chunk, subject, ...]`, sharded over a mesh (`jax.sharding`), and the program is mapped over it
+  (`jax.shard_map`). Devices then exchange nothing. (Left to XLA, one chunk divided over two devices
+  exchanged values at every node: it took twice as long as on one.)
 - Of P processes (`jax.distributed`) each holds the study, evaluates every P-th chunk, and then
   receives what the others found.
 
@@ -24,7 +25,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flowme.accelerator import on_accelerator
+
 _SUBJECT = PartitionSpec("subject")
+_TOGETHER = 16_384  # subjects that an accelerator evaluates at once: enough to keep it busy
 
 
 def by_chunk(
@@ -61,10 +65,12 @@ def by_chunk(
         return np.asarray(number), real, jax.tree.map(lambda x: x[own], subjects)
 
     def run(numbers):
-        devices, found = _devices(len(numbers)), []
-        for first in range(0, len(numbers), len(devices)):
-            chunks = [chunk(number) for number in numbers[first : first + len(devices)]]
-            found += map(then, _at_once(devices, program, static, shared, chunks))
+        devices = _devices(len(numbers))
+        beside = _beside(-(-len(numbers) // len(devices)), size)
+        found, many = [], beside * len(devices)
+        for first in range(0, len(numbers), many):
+            chunks = [chunk(number) for number in numbers[first : first + many]]
+            found += map(then, _at_once(devices, beside, program, static, shared, chunks))
         return found
 
     def join(*parts):
@@ -81,30 +87,46 @@ def _devices(chunks: int) -> list[jax.Device]:
     return jax.local_devices()[: 1 if chosen else chunks]
 
 
-def _at_once(devices, program, static, shared, chunks: list) -> list:
-    """The results of at most as many chunks as there are devices, on the host."""
-    if len(devices) == 1:
+def _beside(most: int, size: int) -> int:
+    """How many chunks of `size` subjects a device has at a time: a power of two, so that few
+    programs are compiled, that is enough for `most`."""
+    room = _TOGETHER // size if on_accelerator() else 1
+    return 1 << (max(1, min(most, room)) - 1).bit_length()
+
+
+def _at_once(devices, beside: int, program, static, shared, chunks: list) -> list:
+    """The results of at most `beside` chunks for each of the devices, on the host."""
+    if len(devices) * beside == 1:
         return [jax.tree.map(np.asarray, program(static, shared, chunks[0]))]
-    # A device for which there is no chunk left does the first one once more.
-    filled = chunks + chunks[:1] * (len(devices) - len(chunks))
-    mesh = Mesh(np.array(devices), ("subject",))
+    # Where there is no chunk left, the first one is done once more.
+    filled = chunks + chunks[:1] * (beside * len(devices) - len(chunks))
     stacked = jax.tree.map(lambda *x: np.stack(x), *filled)
-    sharded = jax.device_put(stacked, NamedSharding(mesh, _SUBJECT))
-    found = jax.tree.map(np.asarray, on_mesh(program, static, mesh, shared, sharded))
+    if len(devices) == 1:
+        found = side_by_side(program, static, shared, stacked)
+    else:
+        mesh = Mesh(np.array(devices), ("subject",))
+        sharded = jax.device_put(stacked, NamedSharding(mesh, _SUBJECT))
+        found = on_mesh(program, static, mesh, shared, sharded)
+    found = jax.tree.map(np.asarray, found)
     return [jax.tree.map(lambda x, k=k: x[k], found) for k in range(len(chunks))]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def side_by_side(program: Callable, static: Any, shared: Any, chunks: Any) -> Any:
+    """The program for `chunks` `[chunk, ...]` at once."""
+    if len(jax.tree.leaves(chunks)[0]) > 1:
+        return jax.vmap(lambda chunk: program(static, shared, chunk))(chunks)
+    found = program(static, shared, jax.tree.map(lambda x: x[0], chunks))
+    return jax.tree.map(lambda x: x[None], found)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def on_mesh(program: Callable, static: Any, mesh: Mesh, shared: Any, chunks: Any) -> Any:
-    """The program for `chunks` `[chunk, ...]`, one on each device of the mesh."""
-
-    def own(shared, chunks):
-        found = program(static, shared, jax.tree.map(lambda x: x[0], chunks))
-        return jax.tree.map(lambda x: x[None], found)
-
+    """The program for `chunks` `[chunk, ...]`, as many on each device of the mesh."""
     mapped = jax.shard_map(
-        own, mesh=mesh, in_specs=(PartitionSpec(), _SUBJECT), out_specs=_SUBJECT, check_vma=False
-    )
+        partial(side_by_side, program, static),
+        mesh=mesh, in_specs=(PartitionSpec(), _SUBJECT), out_specs=_SUBJECT, check_vma=False,
+    )  # fmt: skip
     return mapped(shared, chunks)
 
 
