@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from dosing import Psi, by_parameter, dose, dosed_into, record, scaled, study_of
 
+from flowme import lockstep
 from flowme.closed_forms import oral_one_compartment
 from flowme.structural import solve
 from flowme.study import Study
@@ -333,6 +334,29 @@ def test_a_row_does_not_depend_on_how_many_there_are(study, psi):
     together = at(factors)
     for chosen in (slice(0, 1), slice(37, 40)):
         np.testing.assert_allclose(at(factors[chosen]), together[chosen], rtol=1e-12, atol=1e-12)
+
+
+def test_an_accelerator_has_all_rows_in_one_loop(study, psi, monkeypatch):
+    """Which changes nothing: each row has its own steps."""
+    factors = jnp.linspace(0.5, 2.0, 40)
+
+    def program():
+        def at(factors):
+            each = jax.vmap(lambda f: solve(absorption, psi._replace(CL=f * psi.CL), study))
+            return each(factors)
+
+        return jax.jit(at)
+
+    def loops(at):
+        return str(at.trace(factors).jaxpr).count("scan[")
+
+    usual = program()
+    monkeypatch.setattr(lockstep, "on_accelerator", lambda: True)
+    whole = program()
+    found, few = whole(factors), loops(whole)
+    monkeypatch.undo()
+    np.testing.assert_allclose(found, usual(factors), rtol=1e-12, atol=1e-12)
+    assert few == loops(usual) - 1  # none over chunks of rows
 
 
 def test_tolerances_may_be_mapped_over(study, psi):

@@ -28,6 +28,7 @@ from flowme.infer.marginal import spread
 from flowme.infer.newton import FAR, MEANS, NEAR, STUCK, Newton, NewtonState, led
 from flowme.study import Study
 
+LEAD = 1.0  # some subjects have led far enough when a full step is to add less than this
 LOOK = 40  # steps in which an ascent that looks for other maxima has found one, or does not
 
 
@@ -65,6 +66,7 @@ class Climb(NamedTuple):
         most: steps of one ascent.
         kept: where states are kept, and what their names begin with.
         bar: what shows the progress.
+        last: whether a full step is still taken in the end, which squares what was left.
     """
 
     newton: Newton
@@ -74,13 +76,17 @@ class Climb(NamedTuple):
     most: int
     kept: tuple[Checkpoint, str]
     bar: tqdm
+    last: bool = True
 
     def run(self, theta: np.ndarray, study: Study, starts: int | None) -> list[Ascent]:
         """The ascents on all subjects, one for each start; after an interruption no more."""
         count = self.newton.chunk
+        lead = self._replace(tolerance=max(self.tolerance, LEAD), last=False)
         while led(study, count):
             some = study.subset(spread(study.subjects.size, count))
-            ascent = self.ascend(f"subjects-{count}", partial(self._begin, theta, some), some)
+            # All will look for the modes anew.
+            begin = partial(self._begin, theta, some, looked_again=True)
+            ascent = lead.ascend(f"subjects-{count}", begin, some)
             theta, count = ascent.state.theta, 16 * count
             if ascent.interrupted:
                 return [self._begin(theta, study)._replace(interrupted=True, why=ascent.why)]
@@ -164,17 +170,18 @@ class Climb(NamedTuple):
         """Whether an evaluation of all subjects is dear."""
         return study.subjects.size > 4 * self.newton.chunk
 
-    def _begin(self, theta: np.ndarray, study: Study) -> Ascent:
+    def _begin(self, theta: np.ndarray, study: Study, looked_again: bool = False) -> Ascent:
         state = self.newton.start(self.key, theta, self.weights, study)
         # Where some subjects led, θ was near the end when the modes were looked for.
-        begun = Ascent(state, np.array([state.objective]), 0, led(study, self.newton.chunk))
+        looked_again |= led(study, self.newton.chunk)
+        begun = Ascent(state, np.array([state.objective]), 0, looked_again)
         return begun if self.most > 0 else self._judged(begun, False)
 
     def _step(self, ascent: Ascent, study: Study) -> Ascent:
         """One Newton step; of a small study that has converged the last one."""
         state, history = ascent.state, ascent.history
         done = bool(state.rule > FAR and state.gain < self.tolerance)
-        if done and self._large(study):
+        if done and (self._large(study) or not self.last):
             return ascent._replace(ended=True, converged=True)
         if not done and self._by_means(state) and state.radius < STUCK:
             return self._finer(ascent, study)
