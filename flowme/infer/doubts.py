@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import numpy as np
 from numpyro.distributions import constraints
@@ -30,7 +33,10 @@ def doubts(fit: Fit, means: np.ndarray, gradient: np.ndarray) -> tuple[str, ...]
     known = fit.information is not None and bool(np.all(np.isfinite(fit.information)))
     flat = _flat(fit) if known else np.zeros(fit.joint.size, bool)
     vanished, bounds = _at_bounds(fit, flat, gradient)
-    found = [*_degenerate(fit, flat), *bounds, *_not_identified(fit, means, vanished)]
+    own, covariance = _covariances(fit.joint, fit.theta, fit.weights, fit.study)
+    variance = np.diag(covariance)
+    found = [*_degenerate(fit, flat, own), *bounds]
+    found += _not_identified(fit, means, variance, vanished)
     return (*found, *(_undetermined(fit) if known else ()))
 
 
@@ -43,22 +49,32 @@ def _flat(fit: Fit) -> np.ndarray:
     return ~free & (np.diag(fit.information) < _FLAT**-2)
 
 
-def _degenerate(fit: Fit, flat: np.ndarray) -> list[str]:
+@partial(jax.jit, static_argnums=0)
+def _covariances(joint: Joint, theta, weights, study) -> tuple[dict[str, Any], Any]:
+    """Ω of each site whose law is one of flowme's (of one occasion, and the mean over subjects),
+    and the covariance of all effects."""
+    own = {}
+    for site, law in zip(joint.roles.effects, joint.laws(theta, weights, study), strict=True):
+        law = getattr(law, "base_dist", law)
+        law = law.law if isinstance(law, PerOccasion) else law
+        if isinstance(law, RandomEffect):
+            matrix = law.covariance_matrix
+            own[site] = matrix.mean(0) if matrix.ndim > 2 else matrix
+    return own, joint.effect_moments(jax.random.key(0), theta, weights, study)[1]
+
+
+def _degenerate(fit: Fit, flat: np.ndarray, own: dict[str, Any]) -> list[str]:
     """A message for each Ω whose correlation matrix is singular or runs there."""
     found, joint = [], fit.joint
-    laws = joint.laws(fit.theta, fit.weights, fit.study)
-    for site, law in zip(joint.roles.effects, laws, strict=True):
-        names, law = joint.roles.components(site), getattr(law, "base_dist", law)
-        law = law.law if isinstance(law, PerOccasion) else law
-        covariance = np.asarray(law.covariance_matrix) if isinstance(law, RandomEffect) else None
-        if covariance is not None and covariance.ndim > 2:
-            covariance = covariance.mean(0)  # over subjects
-        if covariance is None or len(names) == 1 or not np.all(np.diag(covariance) > 0):
+    for site, matrix in own.items():
+        names, covariance = joint.roles.components(site), np.asarray(matrix)
+        if len(names) == 1 or not np.all(np.diag(covariance) > 0):
             continue
         scale = np.sqrt(np.diag(covariance))
         R = covariance / np.outer(scale, scale)
         values, vectors = np.linalg.eigh(R)
-        where = joint.slices.get(f"{site}_corr_cholesky") if hasattr(law, "scale_tril") else None
+        one = hasattr(joint.roles.laws.get(site), "scale_tril")  # not several, as of a mixture
+        where = joint.slices.get(f"{site}_corr_cholesky") if one else None
         running = where is not None and bool(np.any(flat[where]))
         if not running and values[0] >= _RANK:
             continue
@@ -113,10 +129,11 @@ def _element(joint: Joint, site: str, theta: np.ndarray, element: int) -> float:
     return float(values[element - joint.slices[site].start])
 
 
-def _not_identified(fit: Fit, means: np.ndarray, vanished: np.ndarray) -> list[str]:
+def _not_identified(
+    fit: Fit, means: np.ndarray, variance: np.ndarray, vanished: np.ndarray
+) -> list[str]:
     """A message for each effect whose conditional means are all alike."""
-    _, covariance = fit.joint.effect_moments(jax.random.key(0), fit.theta, fit.weights, fit.study)
-    found = shrinkage(fit.joint, means, np.diag(covariance))
+    found = shrinkage(fit.joint, means, variance)
     gone = [vanished[columns[0]] for _, columns, _ in fit.joint.roles.reported()]
     return [
         f"the random effect {name} is not identified (shrinkage {100 * s:.0f} %): remove it, or "

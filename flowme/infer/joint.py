@@ -11,11 +11,12 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
 from numpyro.handlers import seed, substitute, trace
@@ -101,16 +102,18 @@ class Joint:
                 f"expected population parameters among {sorted(self.roles.population)}; got "
                 f"{sorted(unknown)}."
             )
-        pieces = [jnp.zeros(0)]
-        for name, site in self.roles.population.items():
-            value = jnp.asarray(values.get(name, site.init), float)
-            if value.shape != site.shape or not bool(jnp.all(site.support(value))):
+        population = self.roles.population.items()
+        given = {name: np.asarray(values.get(name, site.init), float) for name, site in population}
+        fits = {name: given[name].shape == site.shape for name, site in population}
+        if all(fits.values()):
+            theta, fits = _unconstrained(self, given)
+        for name, site in population:
+            if not fits[name]:
                 raise ValueError(
                     f"expected {name!r} of shape {list(site.shape)} within its support, "
                     f"{site.support}; got {values.get(name, site.init)}."
                 )
-            pieces.append(jnp.ravel(biject_to(site.support).inv(value)))
-        return jnp.concatenate(pieces)
+        return theta
 
     def split(self, eta: jax.Array) -> dict[str, jax.Array]:
         """η `[subject, effect]` by site."""
@@ -254,6 +257,17 @@ class Joint:
         where they change in time."""
         sites = self._first(self.roles.individual, self.constrain(theta), weights, eta, study)
         return {name: site["value"] for name, site in sites.items()}
+
+
+@partial(jax.jit, static_argnums=0)
+def _unconstrained(joint: Joint, values: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+    """θ, and whether each parameter is within its support."""
+    pieces, within = [jnp.zeros(0)], {}
+    for name, site in joint.roles.population.items():
+        value = jnp.asarray(values[name], float)
+        within[name] = jnp.all(site.support(value))
+        pieces.append(jnp.ravel(biject_to(site.support).inv(value)))
+    return jnp.concatenate(pieces), within
 
 
 def draws_of(laws: list[Any], key: jax.Array, count: int) -> jax.Array:

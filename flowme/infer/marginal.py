@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from flowme.infer.conditional import (
+    Conditional,
     find,
     importance,
     likelihood_at,
@@ -28,6 +29,7 @@ from flowme.study import Study
 
 POINTS = 320  # per subject and replicate: of these 256, a whole Sobol net, near the mode
 REPLICATES = 8
+_ENOUGH = 20  # effective nodes from which a mean and a covariance are taken
 
 
 class MarginalLikelihood(NamedTuple):
@@ -70,9 +72,10 @@ def marginal_log_likelihood(
 ) -> MarginalLikelihood:
     """log p(y_i; θ) = log ∫ p(y_i | η; θ) p(η; θ) dη for every subject of `study`.
 
-    Importance sampling from the mixture of a Gaussian around p(η_i | y_i; θ) and of the law of
-    the random effects (`flowme.infer.conditional.importance`), in independent randomised
-    quasi-Monte-Carlo replicates whose spread gives the standard error. The study need not be the
+    Importance sampling from the mixture of a Gaussian with the moments of p(η_i | y_i; θ) and of
+    the law of the random effects (`flowme.infer.conditional.importance`), in independent randomised
+    quasi-Monte-Carlo replicates whose spread gives the standard error. (One more replicate, which
+    does not count, finds the moments.) The study need not be the
     one the model was fitted to: this is how held-out subjects are judged, whatever their law.
     Errors of different subjects are independent.
 
@@ -225,17 +228,39 @@ def spread(size: int, count: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0)
 def _replicates(static: tuple[Joint, int, int], shared, chunk) -> tuple[jax.Array, tuple]:
-    """log v_ik p(y_i | η_ik) p(η_ik) of a chunk, `[replicate, point, subject]`."""
+    """log v_ik p(y_i | η_ik) p(η_ik) of a chunk, `[replicate, point, subject]`.
+
+    One replicate goes before: it is placed by mode and curvature, the others, which count, by the
+    means and covariances that it finds. Those see all modes of p(η_i | y_i), and its tails.
+    """
     joint, points, replicates = static
     key, theta, weights = shared
     number, _, study = chunk
-    conditional = find(joint, theta, weights, study)
     broad = population_law(joint, theta, weights, study)
 
-    def replicate(key):
-        nodes, effect = importance(key, conditional, broad, points)
+    def replicate(carry, key):
+        proposal, first = carry
+        nodes, effect = importance(key, proposal, broad, points)
         terms = likelihood_at(joint, theta, weights, nodes, study) + effect + nodes.log_weight
-        return jnp.where(jnp.isnan(terms), -jnp.inf, terms)
+        terms = jnp.where(jnp.isnan(terms), -jnp.inf, terms)
+        seen = _seen(nodes.eta, terms, proposal)
+        proposal = jax.tree.map(lambda new, old: jnp.where(first, new, old), seen, proposal)
+        return (proposal, jnp.zeros((), bool)), terms
 
-    keys = jax.random.split(jax.random.fold_in(key, number), replicates)
-    return jax.lax.map(replicate, keys), ()
+    keys = jax.random.split(jax.random.fold_in(key, number), 1 + replicates)
+    begin = find(joint, theta, weights, study), jnp.ones((), bool)
+    _, terms = jax.lax.scan(replicate, begin, keys)
+    return terms[1:], ()
+
+
+def _seen(eta: jax.Array, terms: jax.Array, proposal: Conditional) -> Conditional:
+    """Means and covariances of weighted nodes; of a subject for whom fewer than `_ENOUGH` count,
+    the proposal as it is."""
+    share = jax.nn.softmax(terms, axis=0)
+    mean = jnp.einsum("ks,ksd->sd", share, eta)
+    away = eta - mean
+    tril = jnp.linalg.cholesky(jnp.einsum("ks,ksd,kse->sde", share, away, away))
+    enough = 1 > _ENOUGH * jnp.sum(share**2, 0)
+    usable = (enough & jnp.all(jnp.isfinite(tril), (1, 2)))[:, None]
+    mean = jnp.where(usable, mean, proposal.mean)
+    return Conditional(mean, jnp.where(usable[..., None], tril, proposal.scale_tril))

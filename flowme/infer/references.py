@@ -98,8 +98,8 @@ def _beside_individual(joint: Joint, theta, weights: Weights, study: Study) -> n
 
     if not joint.roles.individual:
         return None
-    eta = jnp.zeros((study.subjects.size, joint.effect_size))
-    values = joint.constrain(theta)
+    eta = jax.ShapeDtypeStruct((study.subjects.size, joint.effect_size), jnp.result_type(float))
+    values = jax.eval_shape(joint.constrain, theta)
     program = jax.make_jaxpr(laws)(values, eta).jaxpr
     _, used = dce_jaxpr(program, [True] * len(program.outvars))
     enters, effects = jax.tree.unflatten(jax.tree.structure((values, eta)), used)

@@ -189,24 +189,24 @@ class VariationalEM:
         if checkpoint is not None:
             kept = Checkpoint.open(checkpoint, asked(self, key, joint, study, init or {}))
         laws = {name: law for name, law in joint.roles.laws.items() if needs_start(law)}
-        keys = jax.random.split(key, 4)
+        key_climb, key_start, key_law, *keys_end = jax.random.split(key, 5)
         if not laws:
-            course = self._climb(keys[0], joint, init or {}, study, progress, (kept, "climb"))
-            return self._finish(keys[3], course, study, clock)
+            course = self._climb(key_climb, joint, init or {}, study, progress, (kept, "climb"))
+            return self._finish(keys_end, course, study, clock)
         gaussian = Joint.of(replace_effect(self.model, **gaussians(laws)), study)
         known = {k: v for k, v in (init or {}).items() if k in gaussian.roles.population}
-        first = self._climb(keys[0], gaussian, known, study, progress, (kept, "gaussian"))
+        first = self._climb(key_climb, gaussian, known, study, progress, (kept, "gaussian"))
         said = tuple(f"Gaussian random effects: {message}" for message in first.messages)
         if first.interrupted:
-            return self._finish(keys[3], first, study, clock)
-        start_from = partial(from_gaussian, keys[1], joint, laws, init or {})
+            return self._finish(keys_end, first, study, clock)
+        start_from = partial(from_gaussian, key_start, joint, laws, init or {})
         values, weights = start_from(first)
         if weights:
-            course = self._learn_flow(keys[2], joint, start_from, first, study, progress, kept)
+            course = self._learn_flow(key_law, joint, start_from, first, study, progress, kept)
         else:
-            course = self._climb(keys[2], joint, values, study, progress, (kept, "law"))
+            course = self._climb(key_law, joint, values, study, progress, (kept, "law"))
         course = course._replace(messages=(*said, *course.messages))
-        return self._finish(keys[3], course, study, clock)
+        return self._finish(keys_end, course, study, clock)
 
     # The Newton iteration.
 
@@ -316,8 +316,8 @@ class VariationalEM:
 
     # The end.
 
-    def _finish(self, key, course: Course, study: Study, clock: Clock) -> Fit:
-        key_marginal, key_information = jax.random.split(key)
+    def _finish(self, keys, course: Course, study: Study, clock: Clock) -> Fit:
+        key_marginal, key_information = keys
         joint, theta, weights = course.joint, course.theta, course.weights
         finer = self._finer(course, study)
         marginal = self._marginal(key_marginal, course, study, finer)
@@ -410,7 +410,7 @@ def _refuse_scaled(joint: Joint, study: Study) -> None:
         sites = joint.effect_sites(theta, start_weights(joint), study)
         scales.extend((site["name"], site["scale"]) for site in sites)
 
-    jax.eval_shape(look, joint.unconstrain({}))
+    jax.eval_shape(look, jax.ShapeDtypeStruct((joint.size,), jnp.result_type(float)))
     for name, scale in scales:
         if scale is not None:
             raise ValueError(
