@@ -11,6 +11,7 @@ from scipy.stats import multivariate_normal
 
 import flowme as fm
 from flowme import residual
+from flowme.infer.course import failed
 from flowme.infer.joint import Joint
 from flowme.predict import population_draws, predict
 from flowme.study import Study, StudyError, StudyWarning
@@ -313,3 +314,14 @@ def test_plain_laws_are_refused():
     study = Study.from_frame(simulated(6), "id", "t", "y", occasions="occ")
     with pytest.raises(TypeError, match="expected one of flowme's distributions .* 'kappa'"):
         Joint.of(line(dist.Normal(0, 1).expand([1]).to_event(1)), study)
+
+
+def test_a_subject_that_cannot_be_predicted_is_named_with_its_parameters(fitted):
+    """Those that change in time, from where to where."""
+    bad = np.where(np.arange(len(fitted.log_likelihood)) == 4, np.nan, fitted.log_likelihood)
+    (message,) = failed(bad, fitted, fitted.study)
+    psi = fitted.joint.individual(
+        fitted.theta, fitted.weights, fitted.conditional.mean, fitted.study
+    )["psi"][4, :, 0]
+    assert f"1 subject(s): {fitted.study.subjects.ids[4]} (the first at psi = mu " in message
+    assert f"{psi.min():.3g} to {psi.max():.3g})" in message

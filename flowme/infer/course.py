@@ -111,12 +111,13 @@ def failed(log_likelihood: np.ndarray, course: Course, study: Study) -> list[str
         return []
     joint = course.joint
     psi = joint.individual(course.theta, course.weights, course.conditional.mean, study)
+    first = {name: np.moveaxis(np.asarray(x[bad[0]]), -1, 0) for name, x in psi.items()}
     where = "; ".join(
         f"{name} = "
         + ", ".join(
-            f"{p} {v:.3g}" for p, v in zip(joint.roles.individual[name], x[bad[0]], strict=True)
+            f"{p} {_written(v)}" for p, v in zip(joint.roles.individual[name], x, strict=True)
         )
-        for name, x in psi.items()
+        for name, x in first.items()
     )
     names = ", ".join(str(study.subjects.ids[i]) for i in bad[:5])
     return [
@@ -124,6 +125,12 @@ def failed(log_likelihood: np.ndarray, course: Course, study: Study) -> list[str
         f"{', ...' if bad.size > 5 else ''} (the first at {where}). If it is an ODE, its solver "
         "failed: raise max_steps, loosen rtol, use a stiff solver, or start from other values."
     ]
+
+
+def _written(value: np.ndarray) -> str:
+    """A number; of one that changes in time, from where to where it goes."""
+    least, most = f"{value.min():.3g}", f"{value.max():.3g}"
+    return least if least == most else f"{least} to {most}"
 
 
 def _named(rival: Course, chosen: Course) -> str:
