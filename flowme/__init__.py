@@ -24,6 +24,7 @@ from flowme.infer.smoothed import smoothed_npmle
 from flowme.infer.vem import VariationalEM
 from flowme.linear import solve_linear
 from flowme.mixture_effect import MixtureRandomEffect
+from flowme.npde import npde
 from flowme.predict import predict, simulate
 from flowme.primitives import individual, observe, population, random_effect, replace_effect
 from flowme.report import summary
@@ -53,6 +54,7 @@ __all__ = [
     "marginal_log_likelihood",
     "mixture_by_bic",
     "npmle",
+    "npde",
     "nuts",
     "observe",
     "oral_one_compartment",

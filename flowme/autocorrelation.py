@@ -10,6 +10,8 @@ import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
+from flowme.censoring import log_tail
+from flowme.normal_tail import log_normal_cdf
 from flowme.study import Study
 
 
@@ -51,14 +53,24 @@ class Autocorrelated(dist.Distribution):
         steps = jnp.where(first, 1.0, gap) / self.tau  # inf times 0 is no derivative
         return jnp.where(first, 0.0, jnp.exp(-steps)), jnp.where(first, 1.0, -jnp.expm1(-2 * steps))
 
-    def log_prob(self, value):
+    def _errors(self, value):
+        """ε_j, what is new in it, ε_j - ρ_j ε_{j-1}, and the variance of that."""
         normal = self._normal()
         y = jnp.log(value) if isinstance(self.law, dist.LogNormal) else value
         error = (y - normal.loc) / normal.scale
         ahead = jnp.take_along_axis(error, jnp.broadcast_to(self.before, error.shape), axis=-1)
         decay, left = self._after(self.gap)
-        change = (error - decay * ahead) ** 2 / left - error**2 + jnp.log(left)
+        return error, error - decay * ahead, left
+
+    def log_prob(self, value):
+        error, new, left = self._errors(value)
+        change = new**2 / left - error**2 + jnp.log(left)
         return self.law.log_prob(value) - 0.5 * change
+
+    def log_tail(self, value, upper):
+        """log P(y_j > value_j), else log P(y_j < value_j), given the measurement before."""
+        _, new, left = self._errors(value)
+        return log_normal_cdf(jnp.where(upper, -1.0, 1.0) * new / jnp.sqrt(left))
 
     def sample(self, key, sample_shape=()):
         noise = jax.random.normal(key, (*sample_shape, *self.batch_shape))
@@ -84,6 +96,9 @@ class Autocorrelated(dist.Distribution):
     @property
     def variance(self):
         return jnp.broadcast_to(self.law.variance, self.batch_shape)
+
+
+log_tail.register(Autocorrelated, Autocorrelated.log_tail)
 
 
 def autocorrelated(law: dist.Distribution, tau: ArrayLike, study: Study, outcome: str) -> Any:

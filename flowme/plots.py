@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from scipy import stats
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from flowme.infer.fit import Fit
 from flowme.infer.profile import Profile
 from flowme.infer.resampled import Bootstrap
+from flowme.npde import npde
 from flowme.predict import Result, estimate, population_draws, predict, simulate
 from flowme.study import Study
 
@@ -171,6 +174,51 @@ def vpc(result: Result, key: jax.Array | None = None, replicates: int = 200) -> 
             Line2D([], [], color=_INK, marker="o", ls="", ms=3, alpha=0.4, label="measurements"),
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    return figure
+
+
+def residuals(
+    result: Result,
+    key: jax.Array | None = None,
+    replicates: int = 1000,
+    outcome: str | None = None,
+) -> Figure:
+    """Residuals of an outcome (`flowme.npde`): a model that is right leaves N(0, 1) everywhere.
+
+    NPDE over time and over the population prediction, their quantiles against those of N(0, 1)
+    with the band in which 95 % of each lie, and IWRES over the individual prediction. Lines are
+    running means of the residuals and, dashed, of their size, where 0 and .80 belong. Triangles
+    are censored observations. The title has the mean and the variance of NPDE with p-values of
+    their being 0 and 1.
+
+    Args:
+        result: a `Fit`, or a NumPyro `MCMC` that was run on `model(study)`.
+        key: random key; `jax.random.key(0)` by default.
+        replicates: simulated studies.
+        outcome: which outcome; the first one by default.
+    """
+    study = estimate(result, conditional=False).study
+    name = _outcome(study, outcome)
+    table = npde(result, key, replicates=replicates)
+    table = table[table["outcome"] == name]
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(9.0, 6.4), layout="constrained")
+        unit = study.units.get(name, "")
+        for ax, (x, y, label) in zip(
+            axes.flat[[0, 1, 3]],
+            [
+                ("time", "npde", _label(study, "time")),
+                ("pred", "npde", _with_unit("population prediction", unit)),
+                ("ipred", "iwres", _with_unit("individual prediction", unit)),
+            ],
+            strict=True,
+        ):
+            _residual_panel(ax, table, x, y)
+            ax.set(xlabel=label, ylabel=y.upper())
+        _quantile_panel(axes[1, 0], table["npde"].to_numpy())
+        handles = [Line2D([], [], label=label, **line) for label, line in _RUNNING.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        figure.suptitle(f"{name}: {_tested(table['npde'].to_numpy())}", fontsize=11)
     return figure
 
 
@@ -466,6 +514,57 @@ def _vpc_panel(ax: Axes, study: Study, name: str, simulated: np.ndarray) -> None
     kind = "one for each time" if common else "of equally many observations"
     ax.set_title(f"{len(middle)} time bins, {kind}", fontsize=9, loc="left", pad=9)
     ax.set(xlabel=_label(study, "time"), ylabel=_label(study, name))
+
+
+# Residuals.
+
+_RUNNING: dict[str, dict[str, Any]] = {
+    "running mean (0)": {"color": _RUST, "lw": 1.6, "ls": "-"},
+    "running mean of the size (.80)": {"color": _RUST, "lw": 1.6, "ls": (0, (5, 2))},
+}
+
+
+def _residual_panel(ax: Axes, table: pd.DataFrame, x: str, y: str) -> None:
+    known = table[np.isfinite(table[y])]
+    for code, marker in {0: "o", 1: "v", -1: "^"}.items():
+        some = known[known["censored"] == code]
+        if len(some):
+            ax.plot(some[x], some[y], marker, ms=3 if code == 0 else 4, color=_INK, alpha=0.35,
+                    mew=0)  # fmt: skip
+    for level in (-1.96, 0.0, 1.96):
+        ax.axhline(level, color=_LEAF, lw=1, ls="-" if level == 0 else ":")
+    where, _, _ = _bins(known[x].to_numpy(), max(4, int(len(known) ** 0.5 / 2)))
+    bins = known.groupby(where)
+    for values, line in zip((known[y], known[y].abs()), _RUNNING.values(), strict=True):
+        ax.plot(bins[x].median(), values.groupby(where).mean(), **line)
+
+
+def _quantile_panel(ax: Axes, values: np.ndarray) -> None:
+    values = np.sort(values[np.isfinite(values)])
+    size = len(values)
+    rank = np.arange(1, size + 1)
+    expected = stats.norm.ppf((rank - 0.5) / size)
+    # An ordered uniform variable has a beta law.
+    band = stats.norm.ppf(stats.beta.ppf([[0.025], [0.975]], rank, size + 1 - rank))
+    ax.fill_between(expected, *band, color=_PALE, alpha=0.55, lw=0)
+    ax.plot(expected, expected, color=_LEAF, lw=1)
+    ax.plot(expected, values, "o", ms=2.5, color=_INK, alpha=0.5, mew=0)
+    ax.set(xlabel="quantiles of N(0, 1)", ylabel="NPDE, ordered")
+
+
+def _tested(values: np.ndarray) -> str:
+    """Mean and variance with the p-values of their being 0 and 1."""
+    values = values[np.isfinite(values)]
+    if len(values) < 3:
+        return f"{len(values)} residuals"
+    mean, variance, size = values.mean(), values.var(ddof=1), len(values)
+    of_mean = stats.ttest_1samp(values, 0.0).pvalue
+    tail = stats.chi2.cdf((size - 1) * variance, size - 1)
+    of_variance = 2 * min(tail, 1 - tail)
+    return (
+        f"mean of NPDE {mean:.2f} (p = {of_mean:.2g}), variance {variance:.2f} "
+        f"(p = {of_variance:.2g})"
+    )
 
 
 def _limits_of_quantification(study: Study, name: str) -> tuple[float, float]:

@@ -53,7 +53,7 @@ LAYERS = {
     },
     3: {"primitives", "hierarchy", "roles"},
     4: {"infer"},
-    5: {"predict", "convert"},
+    5: {"predict", "convert", "npde"},
     6: {"diagnostics", "plots", "report"},
     7: {"discovery"},
 }

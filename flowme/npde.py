@@ -1,0 +1,231 @@
+"""Residuals of a fit: individual ones, and prediction distribution errors."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pandas as pd
+from scipy.special import ndtri, ndtri_exp
+
+from flowme.censoring import Censored, log_tail
+from flowme.infer.joint import Joint
+from flowme.predict import Result, estimate, predict, simulate
+from flowme.study import Study
+
+_ROOM = 10_000_000  # simulated observations held at a time
+
+
+def npde(result: Result, key: jax.Array | None = None, *, replicates: int = 1000) -> pd.DataFrame:
+    r"""IWRES and NPDE of every observation: N(0, 1) if the model is right.
+
+    Individual weighted residuals are those of y given the conditional means of η,
+
+    .. math:: IWRES_{ij} = \Phi^{-1} \{F(y_{ij} \mid \hat\eta_i)\},
+
+    F being the distribution function of the outcome's law: (y - f)/sd where errors are normal, the
+    same of log y where they are lognormal, of an autocorrelated error what is new in it. The less
+    a subject's data say of η, the closer they are to 0 (ε-shrinkage).
+
+    Prediction distribution errors compare y with `replicates` simulated studies of new subjects,
+    whose η come from the fitted law, and do not know η: `npd` by the share of simulated values
+    below y, `npde` after what was measured in a subject, and its simulations, are decorrelated by
+    their simulated mean and covariance. So a wrong law of η shows in them, whatever its shape.
+
+    Of a censored observation it is known between which shares it lies: it takes a random one
+    between, for `npde` with the value that goes with it. Of counts and categories likewise.
+
+    Args:
+        result: a `Fit`, or a NumPyro `MCMC` that was run on `model(study)`.
+        key: random key; `jax.random.key(0)` by default.
+        replicates: simulated studies, at least 100: beyond ±Φ⁻¹(1 - 1/replicates) none can tell.
+
+    Returns:
+        A row for each observation: `subject`, `time`, `outcome`, `value`, `censored` (0, 1, -1),
+        `pred` at η = 0, `ipred` at the conditional means, `iwres`, `npd`, `npde`. Not a number
+        where a law has no distribution function (IWRES), or where simulated values have no
+        covariance (NPDE): constant ones, or infinite times to an event.
+
+    References:
+        Brendel et al. (2006), Pharm. Res. 23, 2036-2049. Nguyen, Comets & Mentré (2012), J.
+        Pharmacokinet. Pharmacodyn. 39, 499-518 (censored data). Dunn & Smyth (1996), J. Comput.
+        Graph. Stat. 5, 236-244.
+    """
+    if replicates < 100:
+        raise ValueError(f"expected at least 100 replicates; got {replicates}.")
+    point = estimate(result)
+    study = point.study
+    key_random, key_simulate = jax.random.split(jax.random.key(0) if key is None else key)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key_random)))
+    shares = _shares(point.joint, _largest(study), point.theta, point.weights, point.eta, study)
+    own, typical = predict(result), predict(result, population=True)
+    against = _against_simulated(key_simulate, rng, result, study, replicates)
+    tables = []
+    for name in point.joint.roles.outcomes:
+        seen = study.observed[name]
+        subject, _ = np.nonzero(seen)
+        side = study.censored.get(name, np.zeros(seen.shape, int))
+        columns = {
+            "value": study.values[name],
+            "censored": side,
+            "pred": typical[name],
+            "ipred": own[name],
+            "iwres": _normal_score(rng, *jax.tree.map(np.asarray, shares[name])),
+            "npd": against[name][0],
+            "npde": against[name][1],
+        }
+        about = {"subject": np.asarray(study.ids)[subject], "time": study.time[seen]}
+        rest = {column: np.asarray(x)[seen] for column, x in columns.items()}
+        tables.append(pd.DataFrame({**about, "outcome": name, **rest}))
+    return pd.concat(tables, ignore_index=True)
+
+
+# Given the random effects.
+
+
+def _largest(study: Study) -> int:
+    """The largest value observed: to there the shares of a count are added up."""
+    values = [np.max(v, where=study.observed[k], initial=0.0) for k, v in study.values.items()]
+    return int(min(max(values, default=0.0), 1e6))
+
+
+_Share = tuple[Any, Any]  # log P(y < a) and log P(y > a)
+
+
+@partial(jax.jit, static_argnums=0)
+def _shares(joint: Joint, largest, theta, weights, eta, study: Study) -> dict[str, Any]:
+    """Between which shares of its law each observation lies: those of low and high, which are both
+    y where it was measured."""
+    sites = joint.sites(joint.constrain(theta), weights, eta, study)
+    found = {}
+    for name in joint.roles.outcomes:
+        law, value = sites[name]["fn"], jnp.asarray(sites[name]["value"])
+        while isinstance(law, dist.Independent | dist.MaskedDistribution):
+            law = law.base_dist
+        if law.is_discrete:
+            found[name] = _of_count(law, value, largest)
+        elif isinstance(law, Censored):
+            found[name] = _of_interval(law, value)
+        else:
+            found[name] = (_share(law, value),) * 2
+    return found
+
+
+def _share(law: Any, value: jax.Array) -> _Share:
+    try:
+        return log_tail(law, value, False), log_tail(law, value, True)
+    except NotImplementedError:  # a law without a distribution function
+        return (jnp.full(value.shape, jnp.nan),) * 2
+
+
+def _of_interval(law: Censored, value: jax.Array) -> tuple[_Share, _Share]:
+    """What is censored lies between its value and its limit, or the end of the law."""
+    law, side, limit = law.base_dist, jnp.asarray(law.side), law.limit
+    limit = jnp.full(value.shape, jnp.nan) if limit is None else jnp.asarray(limit)
+    closed = law.support(limit) & jnp.where(side > 0, limit < value, limit > value)
+    here, there = _share(law, value), _share(law, jnp.where(closed, limit, value))
+    low = _chosen(side > 0, _chosen(closed, there, (-jnp.inf, 0.0)), here)
+    high = _chosen(side < 0, _chosen(closed, there, (0.0, -jnp.inf)), here)
+    return low, high
+
+
+def _chosen(condition: jax.Array, a: _Share, b: _Share) -> _Share:
+    return jnp.where(condition, a[0], b[0]), jnp.where(condition, a[1], b[1])
+
+
+def _of_count(law: Any, value: jax.Array, largest) -> tuple[_Share, _Share]:
+    """Between P(k < y) and P(k <= y), of a law of 0, 1, 2, ...: its terms up to y added up."""
+
+    def add(k, sums):
+        below, upto = sums
+        share = jnp.exp(law.log_prob(jnp.full_like(value, k)))
+        share = jnp.where(law.support(k), share, 0.0)
+        return below + jnp.where(k < value, share, 0.0), upto + jnp.where(k <= value, share, 0.0)
+
+    zero = jnp.zeros(jnp.shape(value), jnp.result_type(float))
+    sums = jax.lax.fori_loop(0, largest + 1, add, (zero, zero))
+    low, high = ((jnp.log(x), jnp.log1p(-jnp.minimum(x, 1.0))) for x in sums)
+    return low, high
+
+
+def _normal_score(rng: np.random.Generator, low: _Share, high: _Share) -> np.ndarray:
+    """Φ⁻¹ of a random share between two, from the shorter tail."""
+    (below_low, above_low), (below_high, above_high) = low, high
+    at = rng.uniform(size=np.shape(below_low))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        below = below_high + np.log(at + (1 - at) * np.exp(below_low - below_high))
+        above = above_low + np.log(1 - at + at * np.exp(above_high - above_low))
+        return np.where(below < above, ndtri_exp(below), -ndtri_exp(above))
+
+
+# Among simulated studies.
+
+
+def _against_simulated(key, rng, result: Result, study: Study, replicates: int):
+    """`npd` and `npde` by outcome, `[subject, time]`, from some subjects at a time."""
+    most = max(1, _ROOM // (replicates * study.time.shape[1]))
+    rows = np.array_split(np.arange(study.subjects.size), -(-study.subjects.size // most))
+    found: list[dict[str, tuple]] = []
+    for number, own in enumerate(rows):
+        some = study.subset(own)
+        drawn = simulate(jax.random.fold_in(key, number), result, some, replicates=replicates)
+        found.append({name: _errors(rng, some, name, x) for name, x in drawn.items()})
+    return {
+        name: tuple(np.concatenate(x) for x in zip(*(part[name] for part in found), strict=True))
+        for name in found[0]
+    }
+
+
+def _errors(rng: np.random.Generator, study: Study, name: str, drawn: np.ndarray):
+    """`npd` and `npde` of an outcome from its simulations `[replicate, subject, time]`."""
+    seen = study.observed[name]
+    value, side = study.values[name], study.censored.get(name, np.zeros(seen.shape, int))
+    limit = study.limit.get(name, np.full(seen.shape, np.nan))
+    drawn = np.where(seen, drawn, 0.0)
+    value = np.where(seen, value, 0.0)
+    below, upto = (drawn < value).mean(0), (drawn <= value).mean(0)
+    with np.errstate(invalid="ignore"):
+        closed = np.where(side > 0, limit < value, limit > value)
+    beyond = np.where(closed, (drawn < np.where(closed, limit, 0.0)).mean(0), side < 0)
+    low, high = np.where(side > 0, beyond, below), np.where(side < 0, beyond, upto)
+    share = low + rng.uniform(size=seen.shape) * (high - low)
+    # What is censored takes the value that goes with its share.
+    value = np.where(side == 0, value, _quantile(drawn, share))
+    npd = ndtri(_inside(share, len(drawn)))
+    return np.where(seen, npd, np.nan), np.where(
+        seen, _decorrelated(rng, seen, value, drawn), np.nan
+    )
+
+
+def _inside(share: np.ndarray, replicates: int) -> np.ndarray:
+    """A share of so many simulations that is neither 0 nor 1."""
+    return np.clip(share, 0.5 / replicates, 1 - 0.5 / replicates)
+
+
+def _quantile(drawn: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """The simulated value at each share, `[subject, time]`."""
+    place = np.clip(np.floor(share * len(drawn)).astype(int), 0, len(drawn) - 1)
+    return np.take_along_axis(np.sort(drawn, axis=0), place[None], axis=0)[0]
+
+
+def _decorrelated(rng, seen: np.ndarray, value: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """`npde`: Φ⁻¹ of the share of simulations below, after y - E y and these have been multiplied
+    by the inverse of the Cholesky factor of Cov y, subject by subject."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean, sd = drawn.mean(0), drawn.std(0)
+        standard = np.where(seen, (drawn - mean) / sd, 0.0)
+        error = np.where(seen, (value - mean) / sd, 0.0)
+    correlation = np.einsum("rst,rsu->stu", standard, standard) / len(drawn)
+    correlation += np.eye(seen.shape[1]) * ~seen[:, :, None]  # what was not measured
+    factor = jnp.linalg.cholesky(jnp.asarray(correlation))  # not a number where there is none
+    solve = partial(jax.scipy.linalg.solve_triangular, lower=True)
+    new = np.asarray(jax.vmap(solve)(factor, jnp.asarray(error)))
+    every = np.asarray(jax.vmap(solve)(factor, jnp.moveaxis(jnp.asarray(standard), 0, -1)))
+    below = (every < new[..., None]).mean(-1)
+    upto = (every <= new[..., None]).mean(-1)
+    share = below + rng.uniform(size=seen.shape) * (upto - below)
+    return np.where(np.isfinite(new), ndtri(_inside(share, len(drawn))), np.nan)
