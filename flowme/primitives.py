@@ -167,7 +167,8 @@ class replace_effect(Messenger):
 
     def __init__(self, fn: Callable | None = None, **effects: dist.Distribution):
         if isinstance(fn, replace_effect):
-            fn, effects = fn.fn, {**fn.effects, **effects}
+            before: Any = fn
+            fn, effects = before.fn, {**before.effects, **effects}
         super().__init__(fn)
         self.effects = effects
 
