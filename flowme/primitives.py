@@ -161,10 +161,14 @@ class replace_effect(Messenger):
 
     `replace_effect(model, eta=fm.FlowRandomEffect(["ka", "V", "CL"]))` is the model with that
     one line changed. Two of the same model with the same distributions are equal, so that a
-    program compiled for one serves the other.
+    program compiled for one serves the other; one of a model that is changed already is a change
+    of the model as it was, and has the last word.
     """
 
     def __init__(self, fn: Callable | None = None, **effects: dist.Distribution):
+        if isinstance(fn, replace_effect):
+            before: Any = fn
+            fn, effects = before.fn, {**before.effects, **effects}
         super().__init__(fn)
         self.effects = effects
 
@@ -178,7 +182,7 @@ class replace_effect(Messenger):
         return all(np.array_equal(a, b) for a, b in zip(own, others, strict=True))
 
     def __hash__(self) -> int:
-        return hash((self.fn, *self.effects))
+        return hash((self.fn, *sorted(self.effects)))
 
     def process_message(self, msg):
         if msg["type"] == "random_effect" and msg["effect"] in self.effects:

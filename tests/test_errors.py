@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from cases import differences, line_exact, line_model, line_study, normal_study, one_level
+from fits import rough_fit
 
 import flowme as fm
+from flowme.infer.doubts import _at_bounds
 from flowme.infer.errors import invert
+from flowme.infer.joint import Joint
 
 
 def line_log_likelihood(joint, study, theta):
@@ -112,3 +115,15 @@ def test_an_effect_that_is_not_identified_is_named():
     messages = named(model, study).messages
     assert any("slope is not identified (shrinkage 100 %)" in m for m in messages)
     assert not any("effect level" in m for m in messages)
+
+
+def test_a_component_that_shrinks_to_a_point_is_named():
+    """The ω of a mixture are `[component, effect]`: its effect is still there."""
+    study = normal_study(between=1.0, subjects=6)
+    joint = Joint.of(one_level(effect=fm.MixtureRandomEffect(["level"])), study)
+    flat = np.zeros(joint.size, bool)
+    flat[joint.slices["eta_omega"]] = [False, True]
+    vanished, messages = _at_bounds(rough_fit(joint, study), flat, -np.ones(joint.size))
+    assert not vanished.any() and len(messages) == 1
+    assert "omega[1] runs to its bound 0" in messages[0]
+    assert "take one component less" in messages[0]

@@ -11,6 +11,7 @@ from cases import line_model, line_study, theophylline_model
 from numpyro import handlers, infer
 
 import flowme as fm
+from flowme.infer.joint import Joint
 
 PARAMETERS = {"level", "slope", "a", "eta_omega", "eta_corr_cholesky"}
 
@@ -55,6 +56,19 @@ def test_replace_effect_changes_one_line(study):
     np.testing.assert_array_equal(found["y"]["value"], expected["y"]["value"])
     diagonal = fm.replace_effect(line_model(), eta=fm.GaussianRandomEffect(names))
     assert "eta_corr_cholesky" not in sites(diagonal, study)
+
+
+def test_the_last_replacement_counts(study):
+    """So that a program of the model with one law serves however the law came there."""
+    names = ["level", "slope"]
+    model, gaussian = line_model(), fm.GaussianRandomEffect(names, full=True)
+    twice = fm.replace_effect(
+        fm.replace_effect(model, eta=fm.FlowRandomEffect(names)), eta=gaussian
+    )
+    once = fm.replace_effect(model, eta=fm.GaussianRandomEffect(names, full=True))
+    assert twice == once and hash(twice) == hash(once)
+    assert Joint.of(twice, study) == Joint.of(once, study)
+    assert not Joint.of(twice, study).roles.weights
 
 
 def test_log_likelihood_counts_observed_cells_only(study):

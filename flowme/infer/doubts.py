@@ -106,7 +106,10 @@ def _at_bounds(fit: Fit, flat: np.ndarray, gradient: np.ndarray) -> tuple[np.nda
             end[element] += 60.0 * (np.sign(gradient[element]) or np.sign(theta[element]))
             now, to = (_element(joint, site, at, element) for at in (theta, end))
             advice = "leave it out of the model, or fix it there"
-            if site == f"{role.effect}_omega" and to < 1e-9:
+            gone = site == f"{role.effect}_omega" and to < 1e-9
+            if gone and len(role.shape) > 1:  # of a mixture, [component, effect]
+                advice = "a component has shrunk to a point, take one component less"
+            elif gone:
                 vanished[_columns(joint, role.effect)[:, element - where.start]] = True
                 advice = "the study shows no such variation, leave this random effect out"
             limit = "infinity" if to > 1e9 else "0" if to < 1e-9 else f"{to:.3g}"
