@@ -77,7 +77,8 @@ def row(mcmc, seconds, compiled):
         "CPU s": seconds,
         "least ESS": least,
         "ESS per CPU s": least / seconds,
-        "without compilation": least / max(seconds - compiled, 1e-9),
+        # Compiling is known in wall time only: on a machine with more to do, nothing can be said.
+        "without compilation": least / (seconds - compiled) if compiled < seconds else np.nan,
         "divergences": int(np.sum(fields["diverging"])),
         "largest R-hat": max(float(np.max(v["r_hat"])) for v in about.values()),
         "leapfrogs": float(np.mean(fields["num_steps"])),
