@@ -74,7 +74,7 @@ ERRORS = {  # y of a prediction f, with standard normal numbers e
 }
 
 
-def regimen(arms, law, error, ka=None, subjects=100):
+def regimen(arms, law, error, ka=None, subjects=60):
     """A feature: the subjects take turns at the arms; CL differs between them."""
     oral = {} if ka is None else {"ka": ka}
     typical, omega = oral | {"CL": 3.0, "V": 30.0}, {"CL": 0.3}
@@ -119,7 +119,7 @@ INFUSIONS = [
     ),
 ]
 REPEATED = [
-    Arm([dict(TIME=0, AMT=100, ADDL=4, II=8)], every(8, 100, 5), [1, 3, 8, 9.5, 20, 33, 40, 48]),
+    Arm([dict(TIME=0, AMT=100, ADDL=2, II=8)], every(8, 100, 3), [1, 3, 8, 9.5, 14, 17, 24, 36]),
     Arm(
         [dict(TIME=0, AMT=100), dict(TIME=10, AMT=150), dict(TIME=22, AMT=50)],
         [(0, 100, 0), (10, 150, 0), (22, 50, 0)],
@@ -185,7 +185,7 @@ def lagged(study):
 LAGGED = dict(ka=1.5, CL=3.0, V=30.0, lag=0.5, F=0.6, b=0.1, eta_omega=dict(lag=0.2, F=0.5))
 
 
-def draw_lagged(rng, subjects=100):
+def draw_lagged(rng, subjects=60):
     values = []
     for eta in rng.normal(size=(subjects, 2)) * list(LAGGED["eta_omega"].values()):
         disposition = dict(CL=LAGGED["CL"], V=LAGGED["V"])
@@ -222,7 +222,7 @@ def saturable(study):
     fm.observe("conc", fm.residual.proportional(f, b), study)
 
 
-def draw_saturable(rng, subjects=100):
+def draw_saturable(rng, subjects=60):
     """C = Km W(C0 / Km exp((C0 - Vm / V t) / Km)), W being Lambert's function."""
     Vm = SATURABLE["Vm"] * np.exp(SATURABLE["eta_omega"]["Vm"] * rng.normal(size=(subjects, 1)))
     Km, V = SATURABLE["Km"], SATURABLE["V"]
@@ -280,7 +280,7 @@ def carried(study):
     fm.observe("conc", fm.residual.proportional(f, b), study)
 
 
-def draw_carried(rng, subjects=100):
+def draw_carried(rng, subjects=60):
     """A bolus of 300 at 0 h and of 200 at 22 h; clearance keeps its value from row to row."""
     kidney = FUNCTION * rng.uniform(0.5, 1.5, (subjects, 1)) * rng.uniform(0.8, 1.2, (subjects, 13))
     eta = CARRIED["eta_omega"]["CL"] * rng.normal(size=(subjects, 1))
