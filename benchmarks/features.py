@@ -3,9 +3,9 @@
     python benchmarks/features.py [data sets, by default 200] [features, by default all]
 
 Each feature is a small model whose truth is known. Its data are drawn with NumPy and SciPy: doses
-are added up by hand, laws are SciPy's. The features are in `features_doses.py` (regimens, an ODE,
-covariates, occasions) and `features_outcomes.py` (several outcomes, counts, categories, times to
-an event, censoring, correlated errors).
+are added up by hand, laws are SciPy's. The features are in `features_doses.py` (regimens, an ODE),
+`features_covariates.py` (covariates, occasions) and `features_outcomes.py` (several outcomes,
+counts, categories, times to an event, censoring, correlated errors).
 
 The bias of each population parameter is in per cent of its truth, beside it its Monte-Carlo error.
 An estimate counts as unbiased when it is within three errors of zero plus 2 %. A maximum-likelihood
@@ -15,6 +15,7 @@ An estimate counts as unbiased when it is within three errors of zero plus 2 %. 
 import sys
 import time
 
+import features_covariates
 import features_doses
 import features_outcomes
 import jax
@@ -27,7 +28,7 @@ import flowme as fm
 
 jax.config.update("jax_enable_x64", True)
 
-FEATURES = features_doses.FEATURES | features_outcomes.FEATURES
+FEATURES = features_doses.FEATURES | features_covariates.FEATURES | features_outcomes.FEATURES
 
 
 def flat(values):
@@ -64,7 +65,9 @@ def table_of(name, count):
     seconds = time.process_time() - begun
     truth = flat(feature.truth)
     bias = biases(truth, found)
-    rows = [(n, x, b) for (n, x), b in zip(truth.items(), bias.values(), strict=True)]
+    rows = [
+        (n, x, b or "not finite") for (n, x), b in zip(truth.items(), bias.values(), strict=True)
+    ]
     print(f"{name}: {count} data sets of {study.subjects.size} subjects and "
           f"{sum(int(seen.sum()) for seen in study.observed.values())} measurements, "
           f"{converged} converged, {seconds:.0f} CPU s")  # fmt: skip
