@@ -72,7 +72,8 @@ def table_of(name, count):
           f"{sum(int(seen.sum()) for seen in study.observed.values())} measurements, "
           f"{converged} converged, {seconds:.0f} CPU s")  # fmt: skip
     table = pd.DataFrame(rows, columns=["parameter", "truth", "bias, %"])
-    print(table.to_string(index=False), end="\n\n", flush=True)
+    print(table.to_string(index=False))
+    print(f"said of some: {min(messages)}\n" if messages else "", flush=True)
 
 
 def main(count="200", *names):

@@ -123,10 +123,10 @@ def locate(
 
 @partial(jax.jit, static_argnums=0)
 def find(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> Conditional:
-    """The conditional distributions at θ, looked for anew: with so many steps that they are found
-    where a misfit falls off as slowly as exp(-2η), by half a unit of η a step."""
+    """The conditional distributions at θ, looked for anew. With seven effects on one rate and a
+    proportional error, 60 steps did not get one subject in sixty to its mode; 100 did."""
     start = jnp.zeros((study.subjects.size, joint.effect_size))
-    return locate(joint, theta, weights, study, start, SCOUTS, 60)
+    return locate(joint, theta, weights, study, start, SCOUTS, 100)
 
 
 def _expand(predicted: Callable, eta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

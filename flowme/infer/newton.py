@@ -25,7 +25,7 @@ from flowme.study import Study
 # importance sampling.
 ORDER = {1: (7, 15, 31), 2: (5, 9, 15), 3: (3, 5, 9), 4: (3, 4, 7)}
 FAR, NEAR, MEANS = range(3)
-_MORE = 4  # times as many steps towards modes, with importance sampling
+_MORE = 10  # times as many steps towards modes, with importance sampling
 _PROMISE = 5.0  # log-likelihood that a step promises near the maximum
 STUCK = 1e-2  # a radius of the trust region that says that the nodes are at fault, not the step
 
