@@ -108,8 +108,9 @@ def log_tail(law: dist.Distribution, value: ArrayLike, upper: ArrayLike) -> jax.
     By the cdf: where that rounds to 0 or 1 the tail is the smallest number, without a gradient.
     """
     below = law.cdf(value)
-    tiny = jnp.finfo(jnp.result_type(below)).tiny
-    return jnp.log(jnp.maximum(jnp.where(upper, 1 - below, below), tiny))
+    tail, tiny = jnp.where(upper, 1 - below, below), jnp.finfo(jnp.result_type(below)).tiny
+    gone = tail < tiny  # log has no derivatives there: they overflow, and 0 times inf is NaN
+    return jnp.where(gone, math.log(tiny), jnp.log(jnp.where(gone, 1.0, tail)))
 
 
 @log_tail.register

@@ -54,6 +54,25 @@ def test_a_limit_at_the_bound_of_the_support_is_none():
     np.testing.assert_allclose(found, np.log(0.5) * np.ones(4), rtol=1e-12)
 
 
+def test_an_interval_from_the_bound_of_a_truncated_law_has_derivatives():
+    """Beal's M4: P(0 < y < LLOQ | y > 0), and its two derivatives by the prediction."""
+
+    def m4(f):
+        law = dist.TruncatedNormal(f, 0.3, low=0.0)
+        return Censored(law, np.ones(len(f), int), np.zeros(len(f))).log_prob(0.7 + 0 * f)
+
+    def exact(f):
+        return np.log(stats.truncnorm(-f / 0.3, np.inf, f, 0.3).cdf(0.7))
+
+    f, h = np.array([0.1, 0.5, 0.8, 1.2]), 1e-4
+    np.testing.assert_allclose(m4(f), exact(f), rtol=1e-12)
+    slope = jax.vmap(jax.grad(lambda x: m4(x[None])[0]))(f)
+    curvature = jax.vmap(jax.hessian(lambda x: m4(x[None])[0]))(f)
+    np.testing.assert_allclose(slope, (exact(f + h) - exact(f - h)) / (2 * h), rtol=1e-6)
+    second = (exact(f + h) - 2 * exact(f) + exact(f - h)) / h**2
+    np.testing.assert_allclose(curvature, second, rtol=1e-5)
+
+
 @jax.jit
 def derivatives(z):
     one = jax.grad(log_normal_cdf)

@@ -6,7 +6,9 @@ import numpy as np
 import numpyro.distributions as dist
 import pandas as pd
 import pytest
+from scipy import stats
 from scipy.linalg import expm
+from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 
 import flowme as fm
@@ -325,3 +327,50 @@ def test_a_subject_that_cannot_be_predicted_is_named_with_its_parameters(fitted)
     )["psi"][4, :, 0]
     assert f"1 subject(s): {fitted.study.subjects.ids[4]} (the first at psi = mu " in message
     assert f"{psi.min():.3g} to {psi.max():.3g})" in message
+
+
+def test_two_levels_of_occasions_are_integrated_around_their_modes():
+    """Seven effects on one rate, which far from a mode is wrong by many residual errors: -2LL of
+    the climb, and of the report, is that of the four rates, integrated by SciPy's means."""
+    rng, since = np.random.default_rng(7), np.array([2.0, 6, 12, 24])
+    shapes = {"eta": (1, 1, 1), "period": (2, 1, 1), "visit": (2, 2, 1)}
+    omega = {"eta": 0.3, "period": 0.25, "visit": 0.2}
+    change = sum(omega[n] * rng.normal(size=(30, *shape)) for n, shape in shapes.items())
+    y = 10 * np.exp(-0.1 * np.exp(change) * since) * (1 + 0.1 * rng.normal(size=(30, 2, 2, 4)))
+    i, period, visit, j = np.indices(y.shape).reshape(4, -1)
+    columns = {"id": i, "t": 2000 * period + 1000 * visit + since[j], "y": y.ravel()}
+    frame = pd.DataFrame(columns | {"period": period, "visit": visit, "since": since[j]})
+    study = Study.from_frame(
+        frame, "id", "t", "y", occasions=["period", "visit"], time_varying="since"
+    )
+
+    def model(study):
+        k = fm.population("k", dist.LogNormal(-2.0, 1.0))
+        change = 0.0
+        for name, whose in (("eta", study.subjects), *study.occasions.items()):
+            kappa = fm.random_effect(name, fm.GaussianRandomEffect(["k"]), whose).k
+            change = change + (kappa[:, None] if name == "eta" else kappa)
+        f = 10 * jnp.exp(-k * jnp.exp(change) * study.covariates["since"])
+        fm.observe("y", residual.proportional(f, 0.1), study)
+
+    fit = fm.VariationalEM(model).run(jax.random.key(0), study, progress=False)
+    found = {name: float(np.squeeze(value)) for name, value in fit.params.items()}
+
+    def joint(u, y, precision, log_det):
+        f = 10 * np.exp(-found["k"] * np.exp(u)[..., None] * since)
+        inside = stats.norm.logpdf(y, f, 0.1 * f).sum((-1, -2))
+        return inside - 0.5 * (np.einsum("...a,ab,...b", u, precision, u) + log_det)
+
+    share = np.kron(np.eye(2), np.ones((2, 2)))
+    parts = (np.ones((4, 4)), share, np.eye(4))
+    sigma = sum(found[f"{n}_omega"] ** 2 * part for n, part in zip(omega, parts, strict=True))
+    prior = np.linalg.inv(sigma), np.linalg.slogdet(2 * np.pi * sigma)[1]
+    z, total = rng.standard_t(8, size=(4000, 4)), 0.0
+    for own, start in zip(y.reshape(30, 4, 4), change.reshape(30, 4), strict=True):
+        best = minimize(lambda u: -joint(u, own, *prior), start)  # noqa: B023
+        tril = np.linalg.cholesky(best.hess_inv)
+        log_q = stats.t(8).logpdf(z).sum(-1) - np.log(np.diag(tril)).sum()
+        total += np.logaddexp.reduce(joint(best.x + z @ tril.T, own, *prior) - log_q) - np.log(4000)
+    assert fit.converged and not fit.messages
+    assert abs(fit.minus_two_ll + 2 * total) < 1.0
+    assert abs(-2 * fit.history[-1] + 2 * total) < 3.0

@@ -73,7 +73,7 @@ def locate(
         start: η to start from, `[subject, effect]`.
         scouts: at most `SCOUTS`: so many points of N(μ, Ω) are tried before the steps, for
             p(y_i | η) may have several modes (ka and CL/V may change places).
-        steps: how many.
+        steps: at most so many; none once all subjects are at their modes.
     """
     mean, covariance = joint.effect_moments(jax.random.key(0), theta, weights, study)
     values, size = joint.constrain(theta), joint.effect_size
@@ -94,8 +94,12 @@ def locate(
         curvature = jnp.where(usable[:, None, None], curvature, 0.0) + precision
         return jnp.where(jnp.isfinite(value), value, -jnp.inf), slope, curvature
 
-    def round(number, state):
-        eta, value, slope, curvature, damping = state
+    def unfinished(state):
+        number, left, *_ = state
+        return (number <= scouts) | ((number <= scouts + steps) & jnp.any(left > least))
+
+    def round(state):
+        number, _, eta, value, slope, curvature, damping = state
         factor = _inverse(_cholesky(curvature + damping[:, None, None] * precision))
         step = jnp.einsum("sde,sdf,sf->se", factor, factor, slope)
         # Far from a mode the curvature may be anything, hence the step: it is kept within LEAP.
@@ -107,15 +111,18 @@ def locate(
         better = found[0] > value
         next_damping = jnp.where(better, 0.1 * damping, jnp.maximum(10 * damping, 0.1))
         damping = jnp.where(number > scouts, next_damping, damping)
-        return *(
-            _where(better, a, b) for a, b in zip((trial, *found), state[:4], strict=True)
-        ), damping
+        left = jnp.where(number > scouts, jnp.sum(slope * step, -1), jnp.inf)
+        old = eta, value, slope, curvature
+        kept = (_where(better, a, b) for a, b in zip((trial, *found), old, strict=True))
+        return number + 1, left, *kept, damping
 
     subjects = start.shape[0]
+    least = float(jnp.finfo(start.dtype).eps) ** 0.5  # what a step is expected to add at a mode
     nowhere = (start, jnp.full(subjects, -jnp.inf), jnp.zeros_like(start))
     empty = (*nowhere, jnp.broadcast_to(precision, (subjects, size, size)), jnp.zeros(subjects))
     # Round 0 has slope 0: it looks at the start itself.
-    eta, _, _, curvature, _ = jax.lax.fori_loop(0, 1 + scouts + steps, round, empty)
+    begin = (jnp.zeros((), int), jnp.full(subjects, jnp.inf), *empty)
+    *_, eta, _, _, curvature, _ = jax.lax.while_loop(unfinished, round, begin)
     # The lower triangular square root of the inverse, from the factor of the matrix reversed.
     reverse = curvature[:, ::-1, ::-1]
     tril = jnp.swapaxes(_inverse(_cholesky(reverse)), -1, -2)[:, ::-1, ::-1]
@@ -124,9 +131,10 @@ def locate(
 
 @partial(jax.jit, static_argnums=0)
 def find(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> Conditional:
-    """The conditional distributions at θ, looked for anew."""
+    """The conditional distributions at θ, looked for anew. With seven effects on one rate and a
+    proportional error, 60 steps did not get one subject in sixty to its mode; 100 did."""
     start = jnp.zeros((study.subjects.size, joint.effect_size))
-    return locate(joint, theta, weights, study, start, SCOUTS, 20)
+    return locate(joint, theta, weights, study, start, SCOUTS, 100)
 
 
 def _expand(predicted: Callable, eta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

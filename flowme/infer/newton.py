@@ -25,6 +25,7 @@ from flowme.study import Study
 # importance sampling.
 ORDER = {1: (7, 15, 31), 2: (5, 9, 15), 3: (3, 5, 9), 4: (3, 4, 7)}
 FAR, NEAR, MEANS = range(3)
+_MORE = 10  # times as many steps towards modes, with importance sampling
 _PROMISE = 5.0  # log-likelihood that a step promises near the maximum
 STUCK = 1e-2  # a radius of the trust region that says that the nodes are at fault, not the step
 
@@ -123,6 +124,8 @@ class Newton(NamedTuple):
         self, key, theta, weights, study, modes, steps, radius, rule, around=None
     ) -> NewtonState:
         order = 0 if self.engine.points else ORDER[self.engine.joint.effect_size][rule]
+        if self.engine.points:  # around what is no mode, they see nothing; a step costs few nodes
+            steps *= _MORE
         found = evaluate(
             self.engine, key, theta, weights, study, modes,
             order=order, steps=steps, chunk=self.chunk, counts=self.counts, around=around,
