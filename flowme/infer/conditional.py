@@ -100,7 +100,7 @@ def locate(
 
     def round(state):
         number, _, eta, value, slope, curvature, damping = state
-        factor = _inverse(_cholesky(curvature + damping[:, None, None] * precision))
+        factor = _inverse(_cholesky(curvature + damping[0][:, None, None] * precision))
         step = jnp.einsum("sde,sdf,sf->se", factor, factor, slope)
         # Far from a mode the curvature may be anything, hence the step: it is kept within LEAP.
         length = jnp.sqrt(jnp.sum(step @ precision * step, -1))
@@ -109,9 +109,11 @@ def locate(
         trial = jnp.where(scouting, away[jnp.clip(number - 1, 0, SCOUTS - 1)], eta + step)
         found = look(trial)
         better = found[0] > value
-        next_damping = jnp.where(better, 0.1 * damping, jnp.maximum(10 * damping, 0.1))
-        damping = jnp.where(number > scouts, next_damping, damping)
-        left = jnp.where(number > scouts, jnp.sum(slope * step, -1), jnp.inf)
+        bent = jnp.einsum("sd,sde,se->s", step, curvature, step)
+        promised = jnp.sum(slope * step, -1) - 0.5 * bent
+        stepping, then = number > scouts, _next_damping(damping, (found[0] - value) / promised)
+        damping = tuple(jnp.where(stepping, a, b) for a, b in zip(then, damping, strict=True))
+        left = jnp.where(stepping, promised, jnp.inf)
         old = eta, value, slope, curvature
         kept = (_where(better, a, b) for a, b in zip((trial, *found), old, strict=True))
         return number + 1, left, *kept, damping
@@ -119,14 +121,26 @@ def locate(
     subjects = start.shape[0]
     least = float(jnp.finfo(start.dtype).eps) ** 0.5  # what a step is expected to add at a mode
     nowhere = (start, jnp.full(subjects, -jnp.inf), jnp.zeros_like(start))
-    empty = (*nowhere, jnp.broadcast_to(precision, (subjects, size, size)), jnp.zeros(subjects))
+    empty = (*nowhere, jnp.broadcast_to(precision, (subjects, size, size)))
+    damping = jnp.zeros(subjects), jnp.full(subjects, 2.0)
     # Round 0 has slope 0: it looks at the start itself.
-    begin = (jnp.zeros((), int), jnp.full(subjects, jnp.inf), *empty)
+    begin = (jnp.zeros((), int), jnp.full(subjects, jnp.inf), *empty, damping)
     *_, eta, _, _, curvature, _ = jax.lax.while_loop(unfinished, round, begin)
     # The lower triangular square root of the inverse, from the factor of the matrix reversed.
     reverse = curvature[:, ::-1, ::-1]
     tril = jnp.swapaxes(_inverse(_cholesky(reverse)), -1, -2)[:, ::-1, ::-1]
     return Conditional(eta, tril)
+
+
+def _next_damping(damping: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple:
+    """The damping, and by how much it is to grow, after a step that has added `ratio` times what it
+    promised (Nielsen 1999, report IMM-REP-1999-05)."""
+    size, growth = damping
+    better = ratio > 0
+    shrunk = size * jnp.clip(1 - (2 * ratio - 1) ** 3, 0.1, 2.0)
+    shrunk = jnp.where(shrunk < 1e-3, 0.0, shrunk)
+    grown = jnp.maximum(growth * size, 0.1)
+    return jnp.where(better, shrunk, grown), jnp.where(better, 2.0, 2 * growth)
 
 
 @partial(jax.jit, static_argnums=0)
