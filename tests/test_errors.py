@@ -11,7 +11,7 @@ from cases import differences, line_exact, line_model, line_study, normal_study,
 from fits import rough_fit
 
 import flowme as fm
-from flowme.infer.doubts import _at_bounds
+from flowme.infer.doubts import _at_bounds, doubts
 from flowme.infer.errors import invert
 from flowme.infer.joint import Joint
 
@@ -127,3 +127,13 @@ def test_a_component_that_shrinks_to_a_point_is_named():
     assert not vanished.any() and len(messages) == 1
     assert "omega[1] runs to its bound 0" in messages[0]
     assert "take one component less" in messages[0]
+
+
+def test_a_likelihood_that_bends_the_wrong_way_is_no_bound():
+    """It is said that nothing is determined there, not that the parameter runs away."""
+    fit = line_fit()
+    bent = np.array(fit.information)
+    bent[fit.joint.slices["a"]] *= -1.0
+    found = doubts(dataclasses.replace(fit, information=bent), fit.conditional.mean, np.zeros(6))
+    assert any("not positive definite along a" in message for message in found)
+    assert not any("runs to its bound" in message for message in found)

@@ -46,7 +46,7 @@ def _flat(fit: Fit) -> np.ndarray:
     for name, site in fit.joint.roles.population.items():
         free[fit.joint.slices[name]] = base_support(site.support) is constraints.real
     assert fit.information is not None
-    return ~free & (np.diag(fit.information) < _FLAT**-2)
+    return ~free & (np.abs(np.diag(fit.information)) < _FLAT**-2)
 
 
 @partial(jax.jit, static_argnums=0)
