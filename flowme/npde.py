@@ -17,6 +17,7 @@ from flowme.infer.joint import Joint
 from flowme.predict import Result, estimate, predict, simulate
 from flowme.study import Study
 
+_COUNTED = 10_000  # beyond, a count has no IWRES: its shares would be too many terms
 _ROOM = 10_000_000  # simulated observations held at a time
 
 
@@ -33,32 +34,38 @@ def npde(result: Result, key: jax.Array | None = None, *, replicates: int = 1000
 
     Prediction distribution errors compare y with `replicates` simulated studies of new subjects,
     whose η come from the fitted law, and do not know η: `npd` by the share of simulated values
-    below y, `npde` after what was measured in a subject, and its simulations, are decorrelated by
-    their simulated mean and covariance. So a wrong law of η shows in them, whatever its shape.
+    below y; `npde` after what was measured in a subject, and its simulations, are decorrelated by
+    the correlation of the latter. (Of their normal scores, Φ⁻¹ of ranks, where Brendel et al. take
+    the values: the same for normal ones, and counts, censored values and heavy tails have scores
+    too.) So a wrong law of η shows in them, whatever its shape.
 
     Of a censored observation it is known between which shares it lies: it takes a random one
-    between, for `npde` with the value that goes with it. Of counts and categories likewise.
+    between. Of counts and categories likewise.
 
     Args:
         result: a `Fit`, or a NumPyro `MCMC` that was run on `model(study)`.
         key: random key; `jax.random.key(0)` by default.
-        replicates: simulated studies, at least 100: beyond ±Φ⁻¹(1 - 1/replicates) none can tell.
+        replicates: simulated studies, at least 100 and twice the records of a subject: beyond
+            ±Φ⁻¹(1 - 1/replicates) none can tell.
 
     Returns:
         A row for each observation: `subject`, `time`, `outcome`, `value`, `censored` (0, 1, -1),
-        `pred` at η = 0, `ipred` at the conditional means, `iwres`, `npd`, `npde`. Not a number
-        where a law has no distribution function (IWRES), or where simulated values have no
-        covariance (NPDE): constant ones, or infinite times to an event.
+        `pred` at η = 0, `ipred` at the conditional means, `iwres`, `npd`, `npde`. IWRES is not a
+        number where a law has no distribution function, and of counts above 10 000.
+
+    Raises:
+        ValueError: too few replicates.
 
     References:
         Brendel et al. (2006), Pharm. Res. 23, 2036-2049. Nguyen, Comets & Mentré (2012), J.
         Pharmacokinet. Pharmacodyn. 39, 499-518 (censored data). Dunn & Smyth (1996), J. Comput.
         Graph. Stat. 5, 236-244.
     """
-    if replicates < 100:
-        raise ValueError(f"expected at least 100 replicates; got {replicates}.")
     point = estimate(result)
     study = point.study
+    least = max(100, 2 * max(int(seen.sum(1).max()) for seen in study.observed.values()))
+    if replicates < least:
+        raise ValueError(f"expected at least {least} replicates; got {replicates}.")
     key_random, key_simulate = jax.random.split(jax.random.key(0) if key is None else key)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key_random)))
     shares = _shares(point.joint, _largest(study), point.theta, point.weights, point.eta, study)
@@ -88,9 +95,9 @@ def npde(result: Result, key: jax.Array | None = None, *, replicates: int = 1000
 
 
 def _largest(study: Study) -> int:
-    """The largest value observed: to there the shares of a count are added up."""
-    values = [np.max(v, where=study.observed[k], initial=0.0) for k, v in study.values.items()]
-    return int(min(max(values, default=0.0), 1e6))
+    """The largest value observed that may be a count whose shares are added up."""
+    values = [v[study.observed[name]] for name, v in study.values.items()]
+    return int(max((x for v in values for x in v if x <= _COUNTED), default=0.0))
 
 
 _Share = tuple[Any, Any]  # log P(y < a) and log P(y > a)
@@ -107,7 +114,9 @@ def _shares(joint: Joint, largest, theta, weights, eta, study: Study) -> dict[st
         while isinstance(law, dist.Independent | dist.MaskedDistribution):
             law = law.base_dist
         if law.is_discrete:
-            found[name] = _of_count(law, value, largest)
+            known = jnp.where(value <= _COUNTED, 0.0, jnp.nan)
+            shares = _of_count(law, value, largest)
+            found[name] = jax.tree.map(lambda x, known=known: x + known, shares)
         elif isinstance(law, Censored):
             found[name] = _of_interval(law, value)
         else:
@@ -138,18 +147,21 @@ def _chosen(condition: jax.Array, a: _Share, b: _Share) -> _Share:
 
 
 def _of_count(law: Any, value: jax.Array, largest) -> tuple[_Share, _Share]:
-    """Between P(k < y) and P(k <= y), of a law of 0, 1, 2, ...: its terms up to y added up."""
+    """Between P(k < y) and P(k <= y), of a law of 0, 1, 2, ...: its terms added up, those below y
+    and those above (of which so many count as there are below the largest y, and a hundred)."""
 
     def add(k, sums):
-        below, upto = sums
-        share = jnp.exp(law.log_prob(jnp.full_like(value, k)))
-        share = jnp.where(law.support(k), share, 0.0)
-        return below + jnp.where(k < value, share, 0.0), upto + jnp.where(k <= value, share, 0.0)
+        below, here, above = sums
+        at = jnp.where(law.support(k), law.log_prob(jnp.full_like(value, k)), -jnp.inf)
+        return (
+            jnp.where(k < value, jnp.logaddexp(below, at), below),
+            jnp.where(k == value, at, here),
+            jnp.where(k > value, jnp.logaddexp(above, at), above),
+        )
 
-    zero = jnp.zeros(jnp.shape(value), jnp.result_type(float))
-    sums = jax.lax.fori_loop(0, largest + 1, add, (zero, zero))
-    low, high = ((jnp.log(x), jnp.log1p(-jnp.minimum(x, 1.0))) for x in sums)
-    return low, high
+    none = jnp.full(jnp.shape(value), -jnp.inf)
+    below, here, above = jax.lax.fori_loop(0, 2 * largest + 101, add, (none, none, none))
+    return (below, jnp.logaddexp(here, above)), (jnp.logaddexp(below, here), above)
 
 
 def _normal_score(rng: np.random.Generator, low: _Share, high: _Share) -> np.ndarray:
@@ -185,20 +197,15 @@ def _errors(rng: np.random.Generator, study: Study, name: str, drawn: np.ndarray
     seen = study.observed[name]
     value, side = study.values[name], study.censored.get(name, np.zeros(seen.shape, int))
     limit = study.limit.get(name, np.full(seen.shape, np.nan))
-    drawn = np.where(seen, drawn, 0.0)
-    value = np.where(seen, value, 0.0)
+    drawn, value = np.where(seen, drawn, 0.0), np.where(seen, value, 0.0)
     below, upto = (drawn < value).mean(0), (drawn <= value).mean(0)
     with np.errstate(invalid="ignore"):
         closed = np.where(side > 0, limit < value, limit > value)
     beyond = np.where(closed, (drawn < np.where(closed, limit, 0.0)).mean(0), side < 0)
     low, high = np.where(side > 0, beyond, below), np.where(side < 0, beyond, upto)
-    share = low + rng.uniform(size=seen.shape) * (high - low)
-    # What is censored takes the value that goes with its share.
-    value = np.where(side == 0, value, _quantile(drawn, share))
-    npd = ndtri(_inside(share, len(drawn)))
-    return np.where(seen, npd, np.nan), np.where(
-        seen, _decorrelated(rng, seen, value, drawn), np.nan
-    )
+    npd = ndtri(_inside(low + rng.uniform(size=seen.shape) * (high - low), len(drawn)))
+    found = npd, _decorrelated(rng, seen, np.where(seen, npd, 0.0), drawn)
+    return tuple(np.where(seen, x, np.nan) for x in found)
 
 
 def _inside(share: np.ndarray, replicates: int) -> np.ndarray:
@@ -206,26 +213,31 @@ def _inside(share: np.ndarray, replicates: int) -> np.ndarray:
     return np.clip(share, 0.5 / replicates, 1 - 0.5 / replicates)
 
 
-def _quantile(drawn: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """The simulated value at each share, `[subject, time]`."""
-    place = np.clip(np.floor(share * len(drawn)).astype(int), 0, len(drawn) - 1)
-    return np.take_along_axis(np.sort(drawn, axis=0), place[None], axis=0)[0]
-
-
-def _decorrelated(rng, seen: np.ndarray, value: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """`npde`: Φ⁻¹ of the share of simulations below, after y - E y and these have been multiplied
-    by the inverse of the Cholesky factor of Cov y, subject by subject."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mean, sd = drawn.mean(0), drawn.std(0)
-        standard = np.where(seen, (drawn - mean) / sd, 0.0)
-        error = np.where(seen, (value - mean) / sd, 0.0)
-    correlation = np.einsum("rst,rsu->stu", standard, standard) / len(drawn)
+def _decorrelated(rng, seen: np.ndarray, npd: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """`npde`: normal scores, of observations and of simulations, multiplied subject by subject by
+    the inverse of the Cholesky factor of the correlation of the latter; then Φ⁻¹ of the share of
+    simulations below."""
+    count = len(drawn)
+    order = np.lexsort((rng.uniform(size=drawn.shape), drawn), axis=0)  # equal values at random
+    levels = ndtri((np.arange(count) + 0.5) / count)
+    scores = np.where(seen, (levels / levels.std())[np.argsort(order, axis=0)], 0.0)
+    correlation = np.einsum("rst,rsu->stu", scores, scores) / count
     correlation += np.eye(seen.shape[1]) * ~seen[:, :, None]  # what was not measured
-    factor = jnp.linalg.cholesky(jnp.asarray(correlation))  # not a number where there is none
-    solve = partial(jax.scipy.linalg.solve_triangular, lower=True)
-    new = np.asarray(jax.vmap(solve)(factor, jnp.asarray(error)))
-    every = np.asarray(jax.vmap(solve)(factor, jnp.moveaxis(jnp.asarray(standard), 0, -1)))
-    below = (every < new[..., None]).mean(-1)
-    upto = (every <= new[..., None]).mean(-1)
-    share = below + rng.uniform(size=seen.shape) * (upto - below)
-    return np.where(np.isfinite(new), ndtri(_inside(share, len(drawn))), np.nan)
+    inverse = np.linalg.inv(_factors(correlation))
+    new = np.einsum("stu,su->st", inverse, npd)
+    every = np.einsum("stu,rsu->rst", inverse, scores)
+    # The factor fits the simulations better than what is new, the more records come before.
+    before = (np.cumsum(seen, axis=1) - 1) / count
+    new = new * np.sqrt((1 - before) / (1 + before))
+    share = (every < new).mean(0)
+    return np.where(np.isfinite(new), ndtri(_inside(share, count)), np.nan)
+
+
+def _factors(matrices: np.ndarray) -> np.ndarray:
+    """Cholesky factors; not a number of a matrix that has none."""
+    try:
+        return np.linalg.cholesky(matrices)
+    except np.linalg.LinAlgError:
+        if len(matrices) == 1:
+            return np.full(matrices.shape, np.nan)
+        return np.concatenate([_factors(part[None]) for part in matrices])

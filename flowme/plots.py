@@ -533,6 +533,8 @@ def _residual_panel(ax: Axes, table: pd.DataFrame, x: str, y: str) -> None:
                     mew=0)  # fmt: skip
     for level in (-1.96, 0.0, 1.96):
         ax.axhline(level, color=_LEAF, lw=1, ls="-" if level == 0 else ":")
+    if known.empty:  # a law without a distribution function
+        return
     where, _, _ = _bins(known[x].to_numpy(), max(4, int(len(known) ** 0.5 / 2)))
     bins = known.groupby(where)
     for values, line in zip((known[y], known[y].abs()), _RUNNING.values(), strict=True):

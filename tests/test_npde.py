@@ -9,12 +9,13 @@ import pytest
 from cases import line_model, line_study
 from fits import theophylline, theophylline_nuts
 from scipy import stats
+from scipy.special import ndtri_exp
 
 import flowme as fm
 from flowme.infer.conditional import find
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
-from flowme.npde import _normal_score, _of_count
+from flowme.npde import _decorrelated, _normal_score, _of_count
 from flowme.residual import autocorrelated
 
 
@@ -139,6 +140,52 @@ def test_counts_lie_between_the_shares_of_their_law(name):
     drawn = exact.rvs(size=4000, random_state=0)
     at = [np.log(np.stack([exact.cdf(drawn - k), exact.sf(drawn - k)]) + 1e-300) for k in (1, 0)]
     assert is_standard_normal(_normal_score(np.random.default_rng(0), *at))
+
+
+def test_a_count_that_is_an_outlier_has_a_residual():
+    """y = 40 at a rate of 2, and 0 at a rate of 926: far beyond where 1 - P rounds to 0."""
+    value = jnp.array([40, 0, 3])
+    low, high = _of_count(dist.Poisson(jnp.array([2.0, 926.0, 2.0])), value, 40)
+    found = _normal_score(np.random.default_rng(0), *map(np.asarray, (low, high)))
+    exact = stats.poisson([2.0, 926.0, 2.0])
+    low_end, high_end = (-ndtri_exp(exact.logsf(np.array(value) - k)) for k in (1, 0))
+    assert low_end[0] < found[0] < high_end[0] and found[0] > 12
+    assert abs(found[1] - ndtri_exp(-926.0)) < 1.5 and low_end[2] < found[2] < high_end[2]
+
+
+@pytest.mark.parametrize("spread", [0.0, 60.0])
+def test_constant_values_and_heavy_tails_spoil_nothing(spread):
+    """Simulated values that are all 0 at the first time, or as large as e^60 there, beside two
+    correlated normal ones: those have the residuals that they have alone."""
+    rng = np.random.default_rng(0)
+    eta = rng.normal(size=(2000, 40, 1))
+    drawn = eta + 0.5 * rng.normal(size=(2000, 40, 3))
+    drawn[..., 0] = np.exp(spread * drawn[..., 0]) * (spread > 0)
+    seen, npd = np.ones((40, 3), bool), rng.normal(size=(40, 3))
+    found = _decorrelated(np.random.default_rng(1), seen, npd, drawn)
+    assert np.all(np.isfinite(found))
+    correlation = 1 / 1.25 * np.ones((3, 3)) + 0.25 / 1.25 * np.eye(3)
+    if spread == 0.0:
+        correlation[0, 1:] = correlation[1:, 0] = 0.0
+    exact = np.linalg.solve(np.linalg.cholesky(correlation), npd.T).T
+    inside = np.abs(exact) < 2.0
+    assert np.max(np.abs(found - exact)[inside]) < 0.35
+
+
+def test_more_records_than_replicates_can_tell_apart_are_refused():
+    frame = pd.DataFrame({"id": 1, "t": np.arange(60.0), "y": 0.0})
+    study = fm.Study.from_frame(frame, subject="id", time="t", outcome="y")
+    with pytest.raises(ValueError, match="expected at least 120 replicates; got 110"):
+        fm.npde(at(line_model(), study, **LINE, **SHAPE), replicates=110)
+
+
+def test_many_records_of_a_subject_do_not_seem_more_spread_than_they_are():
+    """60 of 300 replicates: the covariance of these fits them better than what is new."""
+    rng = np.random.default_rng(0)
+    found = _decorrelated(
+        rng, np.ones((50, 60), bool), rng.normal(size=(50, 60)), rng.normal(size=(300, 50, 60))
+    )
+    assert is_standard_normal(found.ravel())
 
 
 def test_far_in_the_tails_nothing_is_rounded():

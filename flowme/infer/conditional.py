@@ -95,8 +95,8 @@ def locate(
         return jnp.where(jnp.isfinite(value), value, -jnp.inf), slope, curvature
 
     def unfinished(state):
-        number, left, *_ = state
-        return (number <= scouts) | ((number <= scouts + steps) & jnp.any(left > least))
+        number, going, *_ = state
+        return (number <= scouts) | ((number <= scouts + steps) & jnp.any(going))
 
     def round(state):
         number, _, eta, value, slope, curvature, damping = state
@@ -111,12 +111,14 @@ def locate(
         better = found[0] > value
         bent = jnp.einsum("sd,sde,se->s", step, curvature, step)
         promised = jnp.sum(slope * step, -1) - 0.5 * bent
-        stepping, then = number > scouts, _next_damping(damping, (found[0] - value) / promised)
-        damping = tuple(jnp.where(stepping, a, b) for a, b in zip(then, damping, strict=True))
-        left = jnp.where(stepping, promised, jnp.inf)
+        # At a mode, where a full step promises nothing, rounding decides whether it is kept.
+        going = (number <= scouts) | (damping[0] > 0) | (promised > least)
+        then = _next_damping(damping, (found[0] - value) / promised)
+        changed = going & (number > scouts)
+        damping = tuple(jnp.where(changed, a, b) for a, b in zip(then, damping, strict=True))
         old = eta, value, slope, curvature
         kept = (_where(better, a, b) for a, b in zip((trial, *found), old, strict=True))
-        return number + 1, left, *kept, damping
+        return number + 1, going, *kept, damping
 
     subjects = start.shape[0]
     least = float(jnp.finfo(start.dtype).eps) ** 0.5  # what a step is expected to add at a mode
@@ -124,7 +126,7 @@ def locate(
     empty = (*nowhere, jnp.broadcast_to(precision, (subjects, size, size)))
     damping = jnp.zeros(subjects), jnp.full(subjects, 2.0)
     # Round 0 has slope 0: it looks at the start itself.
-    begin = (jnp.zeros((), int), jnp.full(subjects, jnp.inf), *empty, damping)
+    begin = (jnp.zeros((), int), jnp.ones(subjects, bool), *empty, damping)
     *_, eta, _, _, curvature, _ = jax.lax.while_loop(unfinished, round, begin)
     # The lower triangular square root of the inverse, from the factor of the matrix reversed.
     reverse = curvature[:, ::-1, ::-1]
@@ -140,7 +142,11 @@ def _next_damping(damping: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tup
     shrunk = size * jnp.clip(1 - (2 * ratio - 1) ** 3, 0.1, 2.0)
     shrunk = jnp.where(shrunk < 1e-3, 0.0, shrunk)
     grown = jnp.maximum(growth * size, 0.1)
-    return jnp.where(better, shrunk, grown), jnp.where(better, 2.0, 2 * growth)
+    # So short a step was lost to rounding, as large values in single precision do: begin again.
+    again = better | (grown > 1e8)
+    return jnp.where(better, shrunk, jnp.where(again, 0.0, grown)), jnp.where(
+        again, 2.0, 2 * growth
+    )
 
 
 @partial(jax.jit, static_argnums=0)
