@@ -28,7 +28,7 @@ matplotlib.use("Agg")
 
 def pytest_collection_modifyitems(items):
     """Files whose few tests take minutes first: no worker then waits for them at the end."""
-    long = ("test_examples.py", "test_readme.py", "test_parallel.py")
+    long = ("test_every_law.py", "test_examples.py", "test_readme.py", "test_parallel.py")
     items.sort(key=lambda item: item.path.name not in long)
 
 

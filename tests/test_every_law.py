@@ -165,6 +165,7 @@ class Drawn(NamedTuple):
 
 
 def draws_of(case, law) -> Drawn:
+    """Of 100 iterations, two blocks: the last draw is then the last state."""
     kept = []
     values = nuts_module._values
 
@@ -177,7 +178,7 @@ def draws_of(case, law) -> Drawn:
         warnings.simplefilter("ignore")  # that it is short
         run = fm.nuts(
             with_law(case, law), study_of(case), jax.random.key(2), fit=fit_of(case, law),
-            num_warmup=60, num_samples=30, num_chains=1, progress=False,
+            num_warmup=70, num_samples=30, num_chains=1, progress=False,
         )  # fmt: skip
     return Drawn(run, *kept[0])
 
