@@ -169,7 +169,8 @@ def test_constant_values_and_heavy_tails_spoil_nothing(spread):
         correlation[0, 1:] = correlation[1:, 0] = 0.0
     exact = np.linalg.solve(np.linalg.cholesky(correlation), npd.T).T
     inside = np.abs(exact) < 2.0
-    assert np.max(np.abs(found - exact)[inside]) < 0.35
+    # Four Monte-Carlo errors of a share of 2000 at 2 standard deviations.
+    assert np.max(np.abs(found - exact)[inside]) < 0.25
 
 
 def test_more_records_than_replicates_can_tell_apart_are_refused():
