@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import jax
@@ -24,9 +24,10 @@ from flowme.written_out import written_out
 
 __all__ = ["lockstep"]
 
-# Rows in one loop, which runs as long as the slowest of them needs: on a CPU its time grows with
-# the rows; on a GPU or TPU it is that of its steps, whatever the rows (benchmarks/ode.py).
-_CHUNK, _CHUNK_OF_ACCELERATOR = 128, 2**17
+# Rows in one loop, which runs as long as the slowest of them takes in all: on a CPU its time grows
+# with the rows; on a GPU or TPU it is that of its steps, whatever the rows (benchmarks/ode.py).
+_CHUNK, _CHUNK_OF_ACCELERATOR = 256, 2**17
+_PATIENCE = 2  # rows go on by themselves while more than so many do for one that waits
 _FEW = 48  # elements of a state that are taken apart; beyond, compiling takes too long
 _TABLE = diffrax.Tsit5.tableau
 
@@ -53,8 +54,8 @@ def _of_rows(run: Callable, rowed: Sequence[bool]) -> Callable:
         if not any(rowed):
             return run([-1] * len(leaves), [x[..., None] for x in leaves])[..., 0]
         rows = next(len(x) for x, row in zip(leaves, rowed, strict=True) if row)
-        size = min(rows, _CHUNK_OF_ACCELERATOR if on_accelerator() else _CHUNK)
-        chunks = -(-rows // size)
+        chunks = -(-rows // (_CHUNK_OF_ACCELERATOR if on_accelerator() else _CHUNK))
+        size = -(-rows // chunks)
         last = np.minimum(np.arange(chunks * size), rows - 1)  # the last row fills up its chunk
 
         def cut(x: Array) -> Array:
@@ -94,8 +95,25 @@ def _of_rows(run: Callable, rowed: Sequence[bool]) -> Callable:
     return many
 
 
+class _Place(NamedTuple):
+    """Where each row stands: in the interval after which event, and in what state."""
+
+    event: Array  # [row]
+    length: Array  # of the last step, in time; 0 before the first
+    s: Array  # place in the interval, from 0 to 1
+    h: Array  # next step
+    y: Array  # [..., state, row]
+    k: Array  # dy/ds over the stretch
+    attempts: Array  # steps tried in this interval
+
+
 def _integrate(system, structure, axes: list, leaves: list[Array], max_steps: int) -> Array:
-    """`lockstep` of rows, the last axis of those leaves whose entry in `axes` is -1."""
+    """`lockstep` of rows, the last axis of those leaves whose entry in `axes` is -1.
+
+    In each turn of the loop rows take steps until a good part of them have come to the end of their
+    intervals; these have their events and enter the next ones. So a row waits neither for others to
+    end an interval that is easier for it, nor they for it.
+    """
     theta, fixed, data, (rtol, atol) = jax.tree.unflatten(structure, leaves)
     of_theta, of_fixed, of_data, _ = jax.tree.unflatten(structure, axes)
     size = next(x.shape[-1] for x, axis in zip(leaves, axes, strict=True) if axis == -1)
@@ -105,46 +123,84 @@ def _integrate(system, structure, axes: list, leaves: list[Array], max_steps: in
 
     start = rows(system.start, of_theta)(theta)
     moving = rows(system.moving, of_theta, of_data)(theta, data)
+    events = rows(lambda x: x, of_fixed)(fixed), moving
     if np.prod(start.shape[:-1]) <= _FEW:
         rows = partial(written_out, size)
-    slope = rows(system.field, of_fixed, -1, -1, -1, of_theta)
-    update = rows(system.update, of_fixed, -1, -1, of_theta)
+    slope = rows(system.field, -1, -1, -1, -1, of_theta)
+    update = rows(system.update, -1, -1, -1, of_theta)
     movable = "dt" in _innermost(moving)
+    last = len(jax.tree.leaves(fixed)[0]) - 1
 
-    def interval(carry: tuple, row: tuple) -> tuple[tuple, Array]:
-        y, alive, length = carry
-        (before, moving), after = row
-        dt = jnp.broadcast_to(system.length(before, moving), alive.shape)
-        stretch = system.stretch(before, moving)
+    def of(event: Array) -> Any:
+        """The data of these events, one of each row."""
+        return jax.tree.map(lambda x: jnp.take_along_axis(x, _like(event, x), 0)[0], events)
+
+    def going(at: _Place) -> Array:
+        return (at.s < 1) & (at.attempts < max_steps)
+
+    def leave(at: _Place) -> tuple[_Place, Array]:
+        """After the event that ends each row's interval, from whose beginning nothing follows if
+        the row has failed; and the state there, NaN of those."""
+        before, after = of(at.event), of(at.event + 1)
+        y = update(*after, at.y, theta)
+        alive = (at.s >= 1) & jnp.isfinite(_primal(y)).all(axis=0)
+        dt = system.length(*before)
+        length = jnp.where(dt > 0, at.h * dt, at.length)
+        event = jnp.where(alive, at.event + 1, last)
+        at = at._replace(event=event, length=length, y=jnp.where(alive, y, at.y))
+        return at, jnp.where(alive, y, jnp.nan)
+
+    def enter(at: _Place) -> _Place:
+        """At the beginning of the interval after each row's event."""
+        now = of(at.event)
+        dt = system.length(*now)
+        # An empty interval (two rows at one time, padding) takes no step, but where its length has
+        # a derivative: that of the state is then this times the slope.
+        ahead = (at.event < last) & ((dt > 0) | movable)
+        s = jnp.where(ahead, 0.0, 1.0).astype(at.y.dtype)
+        h = jnp.where(at.length > 0, jnp.minimum(at.length / jnp.where(dt > 0, dt, 1), 1), 1)
+        k = slope(*now, jnp.zeros_like(s), at.y, theta)
+        attempts = jnp.zeros_like(at.attempts)
+        return at._replace(s=s, h=h.astype(s.dtype), k=k, attempts=attempts)
+
+    def turn(state: tuple[_Place, Array]) -> tuple[_Place, Array]:
+        at, found = state
+        now = of(at.event)
+        stretch = system.stretch(*now)
 
         def field(s: Array, y: Array) -> Array:
-            return slope(before, moving, s, y, theta)
+            return slope(*now, s, y, theta)
 
-        def unfinished(state: tuple) -> Array:
-            s, *_, steps = state
-            return jnp.any(s < 1) & (steps < max_steps)
+        wait = jnp.where(at.event < last, -_PATIENCE, 0).astype(jnp.int32)
 
-        def step(state: tuple) -> tuple:
-            return _attempt(field, stretch, rtol, atol, state)
+        def few_wait(at: _Place) -> Array:
+            return jnp.sum(jnp.where(going(at), 1, wait), dtype=jnp.int32) > 0
 
-        # An empty interval (two rows at one time, padding, or after a failure) takes no step, but
-        # where its length has a derivative: that of the state is then this times the slope.
-        s = jnp.where(alive & ((dt > 0) | movable), 0.0, 1.0).astype(y.dtype)
-        first = jnp.where(length > 0, jnp.minimum(length / jnp.where(dt > 0, dt, 1), 1), 1)
-        begin = (s, first.astype(y.dtype), y, field(jnp.zeros_like(s), y), 0)
-        s, h, y_end, *_ = jax.lax.while_loop(unfinished, step, begin)
-        end = update(*after, y_end, theta)
-        alive &= (s >= 1) & jnp.isfinite(_primal(end)).all(axis=0)
-        length = jnp.where(dt > 0, h * dt, length)
-        return (jnp.where(alive, end, y), alive, length), jnp.where(alive, end, jnp.nan)
+        def step(at: _Place) -> _Place:
+            return _attempt(field, stretch, rtol, atol, going(at), at)
 
-    events = (fixed, moving)
-    first = update(*jax.tree.map(lambda x: x[0], events), start, theta)
-    alive = jnp.isfinite(_primal(first)).all(axis=0)
-    pairs = (jax.tree.map(lambda x: x[:-1], events), jax.tree.map(lambda x: x[1:], events))
-    begin = (jnp.where(alive, first, 0), alive, jnp.zeros(alive.shape, first.dtype))
-    _, rest = jax.lax.scan(interval, begin, pairs)
-    return jnp.concatenate([jnp.where(alive, first, jnp.nan)[None], rest])
+        at = jax.lax.while_loop(few_wait, step, at)
+        ended = (at.event < last) & ~going(at)
+        after, y = leave(at)
+        # A row that goes on writes nowhere.
+        place = jnp.where(ended, at.event + 1, last + 1) * size + jnp.arange(size)
+        found = found.at[place].set(y.reshape(-1, size).T, mode="drop", unique_indices=True)
+        return jax.tree.map(partial(jnp.where, ended), enter(after), at), found
+
+    y = update(*jax.tree.map(lambda x: x[0], events), start, theta)
+    alive = jnp.isfinite(_primal(y)).all(axis=0)
+    event, zero = jnp.where(alive, 0, last), jnp.zeros(size, y.dtype)
+    at = _Place(event, zero, zero, zero, jnp.where(alive, y, 0), y, jnp.zeros(size, jnp.int32))
+    found = jnp.full((last + 1, size, y[..., 0].size), jnp.nan, y.dtype)
+    found = found.at[0].set(jnp.where(alive, y, jnp.nan).reshape(-1, size).T)
+    begin = enter(at), found.reshape(-1, y[..., 0].size)
+    _, found = jax.lax.while_loop(lambda state: jnp.any(state[0].event < last), turn, begin)
+    return jnp.moveaxis(found.reshape(last + 1, size, *y.shape[:-1]), 1, -1)
+
+
+def _like(event: Array, x: Array) -> Array:
+    """`event` `[row]` as indices of the first axis of x `[event, ..., row]`."""
+    return event.reshape(1, *[1] * (x.ndim - 2), -1)
 
 
 def _innermost(moving: Any) -> Any:
@@ -152,23 +208,27 @@ def _innermost(moving: Any) -> Any:
     return _innermost(moving[0]) if isinstance(moving, tuple) else moving
 
 
-def _attempt(field: Callable, stretch: Array, rtol: Array, atol: Array, state: tuple) -> tuple:
-    """A step of every row that is not at the end of its interval, kept where it is good enough:
-    place s, next step h, state y, slope k there, and how many attempts so far."""
-    s, h, y, k, attempts = state
-    last = h >= 1 - s
-    ds = jnp.where(last, 1 - s, h)
-    new, error, k_new = _step(field, stretch, s, ds, y, k)
-    scale = atol + rtol * jnp.maximum(jnp.abs(_primal(y)), jnp.abs(_primal(new)))
+def _attempt(
+    field: Callable, stretch: Array, rtol: Array, atol: Array, on: Array, at: _Place
+) -> _Place:
+    """A step of the rows that are `on`, kept where it is good enough."""
+    last = at.h >= 1 - at.s
+    ds = jnp.where(last, 1 - at.s, at.h)
+    new, error, k = _step(field, stretch, at.s, ds, at.y, at.k)
+    scale = atol + rtol * jnp.maximum(jnp.abs(_primal(at.y)), jnp.abs(_primal(new)))
     square = jnp.mean((_primal(error) / scale) ** 2, axis=0)
     square = jnp.where(jnp.isnan(square), jnp.inf, square)
-    good, on = square < 1, s < 1
+    good = square < 1
     wanted = ds * _factor(square, good)
-    wanted = jnp.where(good & last, jnp.maximum(h, wanted), wanted)
+    wanted = jnp.where(good & last, jnp.maximum(at.h, wanted), wanted)
     keep = good & on
-    s = jnp.where(keep, jnp.where(last, 1.0, s + ds), s)
-    y, k = jnp.where(keep, new, y), jnp.where(keep, k_new, k)
-    return s, jnp.where(on, wanted, h), y, k, attempts + 1
+    return at._replace(
+        s=jnp.where(keep, jnp.where(last, 1.0, at.s + ds), at.s),
+        h=jnp.where(on, wanted, at.h),
+        y=jnp.where(keep, new, at.y),
+        k=jnp.where(keep, k, at.k),
+        attempts=at.attempts + on,
+    )
 
 
 def _step(field: Callable, stretch: Array, s: Array, ds: Array, y: Array, k: Array) -> tuple:

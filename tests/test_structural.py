@@ -325,7 +325,7 @@ def test_the_loop_over_rows_agrees_with_diffrax(study, psi):
 def test_a_row_does_not_depend_on_how_many_there_are(study, psi):
     """Nodes of every subject (more rows than one loop takes, and a remainder), as engines do."""
     factors = jnp.linspace(0.5, 2.0, 40)
-    assert factors.size * study.subjects.size > 128
+    assert factors.size * study.subjects.size > lockstep._CHUNK
 
     @jax.jit
     def at(factors):
@@ -334,6 +334,25 @@ def test_a_row_does_not_depend_on_how_many_there_are(study, psi):
     together = at(factors)
     for chosen in (slice(0, 1), slice(37, 40)):
         np.testing.assert_allclose(at(factors[chosen]), together[chosen], rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_has_its_own_number_of_steps(study, psi):
+    """How many it may take in an interval does not depend on those beside it."""
+    factors = jnp.geomspace(0.5, 50.0, 12)
+
+    @jax.jit
+    def failed(factors, rtol):
+        def one(f):
+            own = psi._replace(ka=f * psi.ka)
+            return solve(absorption, own, study, rtol=rtol, atol=1e-10, max_steps=12)
+
+        return jnp.isnan(jax.vmap(one)(factors))
+
+    for rtol in (1e-4, 1e-6, 1e-8):
+        together = failed(factors, rtol)
+        alone = [failed(factors[i : i + 1], rtol)[0] for i in range(len(factors))]
+        np.testing.assert_array_equal(together, alone)
+    assert jnp.any(together) and not jnp.all(together)
 
 
 def test_an_accelerator_has_all_rows_in_one_loop(study, psi, monkeypatch):
