@@ -32,7 +32,7 @@ def exponentials(matrices: Array) -> Array:
     A = jnp.moveaxis(matrices, 0, -1)
     size = jax.lax.stop_gradient(jnp.max(jnp.sum(jnp.abs(A), 0), 0))
     own = jnp.clip(jnp.ceil(jnp.log2(size / _NORM[A.dtype])), 0, _MOST + 1)
-    most = jax.lax.stop_gradient(_largest(own))
+    most = jax.lax.stop_gradient(_largest(jnp.nan_to_num(own)))  # a row of NaN decides nothing
 
     def square(X: Array, k: Array) -> tuple[Array, None]:
         squared = jax.lax.cond(
