@@ -234,7 +234,7 @@ class Climb(NamedTuple):
         maximum within `CLOSE`."""
         state = ascent.state
         missed = self.newton.missed(self.key, state, self.weights, study)
-        within = float(np.sqrt(2 * max(state.gain, missed)))
+        within = float(np.sqrt(2 * np.maximum(state.gain, missed)))
         if not np.isfinite(within):
             return ascent
         close = within < CLOSE
