@@ -1,12 +1,14 @@
 """Linear systems with doses, exactly: by the matrix exponential between events."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from flowme.exponential import exponentials
 from flowme.integrate import event_step
 from flowme.schedule import Dosing, cycle, moving_events, schedule
 from flowme.structural import check_compartments, check_dosing, check_psi
@@ -52,14 +54,14 @@ def solve_linear(
 
     Returns:
         Amounts, `[subject, time, state]`. NaN where the entries of K times an interval exceed
-        about 3e5: then something happens at once, and belongs out of the model.
+        about 4e5: then something happens at once, and belongs out of the model.
 
     Raises:
         ValueError: if `matrix` is not square, or `psi`, `initial` or a dose do not fit it.
 
     References:
         Moler and Van Loan, Nineteen dubious ways to compute the exponential of a matrix,
-        SIAM Review 45 (2003); Higham, SIAM J. Matrix Anal. 26 (2005), for the one taken.
+        SIAM Review 45 (2003); `flowme.exponential` has the one taken.
     """
     psi = jax.tree.map(jnp.asarray, psi)
     check_psi(psi, study, changing=True)
@@ -81,12 +83,13 @@ def solve_linear(
     dosing = check_dosing(lag, bioavailability, study, states)
     which = jnp.broadcast_to(jnp.arange(study.time.shape[1]) if changes else 0, study.time.shape)
     timing, record = schedule(study, dosing, states, dtype, which)
-    amounts = jax.vmap(_trajectory)(rates, dosing, start, timing)
+    fed = bool(study.doses.infusions.shape[1])
+    amounts = jax.vmap(partial(_trajectory, fed))(rates, dosing, start, timing)
     return jnp.take_along_axis(amounts, record[:, :, None], axis=1)
 
 
-def _trajectory(rates: Array, dosing: Dosing, start: Array, timing: Any) -> Array:
-    """State after each event of one subject, `[event, state]`."""
+def _trajectory(fed: bool, rates: Array, dosing: Dosing, start: Array, timing: Any) -> Array:
+    """State after each event of one subject, `[event, state]`; `fed` if there are infusions."""
     fixed, data = timing
     states = start.size
 
@@ -95,31 +98,34 @@ def _trajectory(rates: Array, dosing: Dosing, start: Array, timing: Any) -> Arra
         given, dose = at
         events = cycle(dosing, given, dose, states)
         events["which"] = jnp.broadcast_to(given.which[given.first[dose]], 4)
-        whole = jnp.eye(states + 1, dtype=rates.dtype)
-        for step, jump in zip(_propagators(rates, events)[:-1], events["jump"][1:], strict=True):
-            whole = (step @ whole).at[:states, states].add(jump)
-        return jnp.linalg.solve(jnp.eye(states) - whole[:states, :states], whole[:states, states])
+        M, b = jnp.eye(states, dtype=rates.dtype), jnp.zeros(states, rates.dtype)
+        moves, gains = _propagators(fed, rates, events)
+        for move, gain, jump in zip(moves[:-1], gains[:-1], events["jump"][1:], strict=True):
+            M, b = move @ M, move @ b + gain + jump
+        return jnp.linalg.solve(jnp.eye(states) - M, b)
 
     events = fixed | moving_events(dosing, data, start, steady)
-    propagators = _propagators(rates, events)
+    moves, gains = _propagators(fed, rates, events)
 
-    def step(state: Array, row: tuple[Array, Any]) -> tuple[Array, Array]:
-        propagator, event = row
-        state = propagator[:states, :states] @ state + propagator[:states, states]
-        state = event_step(event, state, start)
+    def step(state: Array, row: tuple[Array, Array, Any]) -> tuple[Array, Array]:
+        move, gain, event = row
+        state = event_step(event, move @ state + gain, start)
         return state, state
 
     first = event_step(jax.tree.map(lambda x: x[0], events), start, start)
-    rest = (propagators[:-1], jax.tree.map(lambda x: x[1:], events))
+    rest = (moves[:-1], gains[:-1], jax.tree.map(lambda x: x[1:], events))
     return jnp.concatenate([first[None], jax.lax.scan(step, first, rest)[1]])
 
 
-def _propagators(rates: Array, events: dict[str, Array]) -> Array:
-    """From each event to the next, with the infusions in force: [event, state + 1, state + 1]."""
-    inflow = events["inflow"]
-    padded = jnp.zeros((*inflow.shape[:1], *(n + 1 for n in rates.shape[1:])), rates.dtype)
-    padded = padded.at[:, :-1, :-1].set(rates[events["which"]]).at[:, :-1, -1].set(inflow)
-    return jax.scipy.linalg.expm(events["dt"][:, None, None] * padded)
+def _propagators(fed: bool, rates: Array, events: dict[str, Array]) -> tuple[Array, Array]:
+    """From each event to the next, A(t + h) = M A(t) + b: M `[event, state, state]`, and b, of the
+    infusions in force, `[event, state]`."""
+    matrices, states = rates[events["which"]], rates.shape[-1]
+    if fed:  # one more row and column
+        matrices = jnp.pad(matrices, ((0, 0), (0, 1), (0, 1)))
+        matrices = matrices.at[:, :states, states].set(events["inflow"])
+    found = exponentials(events["dt"][:, None, None] * matrices)[:, :states]
+    return found[..., :states], found[..., states:].sum(-1)
 
 
 def _as_matrix(rates: Any, dtype: Any) -> Array:

@@ -45,6 +45,7 @@ LAYERS = {
         "written_out",
         "closed_forms",
         "disposition",
+        "exponential",
         "integrate",
         "linear",
         "lockstep",

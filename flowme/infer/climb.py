@@ -7,6 +7,11 @@ chunk of them, then sixteen times as many, ... and from there on all.
 Nodes lie around modes. Where conditional distributions are ridges, those see a likelihood that is
 neither right nor smooth: steps do not keep what they promise, or the climb ends beside the maximum.
 From there it goes on with nodes around means (`flowme.infer.moments`).
+
+Where p(y | η) has kinks (a lag that meets a record) the likelihood by nodes has them too, and no
+rule has a gradient that is right across them. When the trust region has collapsed, a full step is
+tried once more: what it promises, or misses of that if that is more, is the log-likelihood δ within
+which the maximum is known, which is √(2 δ) standard errors.
 """
 
 from __future__ import annotations
@@ -29,6 +34,8 @@ from flowme.infer.newton import FAR, MEANS, NEAR, STUCK, Newton, NewtonState, le
 from flowme.study import Study
 
 LEAD = 1.0  # some subjects have led far enough when a full step is to add less than this
+COLLAPSED = 1e-9  # a radius of the trust region at which no step raises the likelihood any more
+CLOSE = 0.1  # standard errors within which a maximum counts as found where nothing is smooth
 LOOK = 40  # steps in which an ascent that looks for other maxima has found one, or does not
 
 
@@ -195,7 +202,9 @@ class Climb(NamedTuple):
             history = np.append(history, state.objective)
             done = bool(state.gain < self.tolerance)
         looked = ascent.looked_again or look_again
-        return self._judged(Ascent(state, history, ascent.steps + 1, looked), done)
+        judged = self._judged(Ascent(state, history, ascent.steps + 1, looked), done)
+        rough = not judged.converged and state.radius < COLLAPSED and state.rule == MEANS
+        return self._rough(judged, study) if rough else judged
 
     def _by_means(self, state: NewtonState) -> bool:
         """Whether nodes may go around means instead."""
@@ -212,13 +221,30 @@ class Climb(NamedTuple):
         why = ""
         if done:
             return ascent._replace(ended=True, converged=True)
-        if ascent.state.radius < 1e-9:
+        if ascent.state.radius < COLLAPSED:
             why = "stopped: no step raises the likelihood any more"
         elif not np.isfinite(ascent.history[-1]) and len(ascent.history) > 5:
             why = "stopped: the marginal likelihood is not finite"
         elif ascent.steps >= self.most:
             why = f"not converged after {self.most} iterations: raise max_iterations"
         return ascent._replace(ended=bool(why), why=why)
+
+    def _rough(self, ascent: Ascent, study: Study) -> Ascent:
+        """The ascent that no step leads on, converged if the likelihood's own roughness leaves its
+        maximum within `CLOSE`."""
+        state = ascent.state
+        missed = self.newton.missed(self.key, state, self.weights, study)
+        within = float(np.sqrt(2 * np.maximum(state.gain, missed)))
+        if not np.isfinite(within):
+            return ascent
+        close = within < CLOSE
+        why = (
+            f"{'' if close else 'stopped: '}no step raises the likelihood any more, though a full "
+            f"one promises {state.gain:.1e} and misses that by {missed:.1e}: the likelihood is not "
+            "smooth (lag times among the records make it so), and its maximum is known within "
+            f"about {within:.2g} standard errors."
+        )
+        return ascent._replace(converged=close, why=why)
 
 
 def apart(end: NewtonState, state: NewtonState) -> float:
