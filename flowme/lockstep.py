@@ -27,6 +27,7 @@ __all__ = ["lockstep"]
 # Rows in one loop, which runs as long as the slowest of them takes in all: on a CPU its time grows
 # with the rows; on a GPU or TPU it is that of its steps, whatever the rows (benchmarks/ode.py).
 _CHUNK, _CHUNK_OF_ACCELERATOR = 256, 2**17
+_LANES = 32  # chunks are whole numbers of these, for vector instructions
 _PATIENCE = 2  # rows go on by themselves while more than so many do for one that waits
 _FEW = 48  # elements of a state that are taken apart; beyond, compiling takes too long
 _TABLE = diffrax.Tsit5.tableau
@@ -56,6 +57,7 @@ def _of_rows(run: Callable, rowed: Sequence[bool]) -> Callable:
         rows = next(len(x) for x, row in zip(leaves, rowed, strict=True) if row)
         chunks = -(-rows // (_CHUNK_OF_ACCELERATOR if on_accelerator() else _CHUNK))
         size = -(-rows // chunks)
+        size = -(-size // _LANES) * _LANES if chunks > 1 else rows
         last = np.minimum(np.arange(chunks * size), rows - 1)  # the last row fills up its chunk
 
         def cut(x: Array) -> Array:
