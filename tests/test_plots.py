@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from flowme import plots
 from flowme.convert import to_arviz
+from flowme.plots import checks, effects
 from flowme.predict import estimate
 
 
@@ -61,8 +62,8 @@ def test_random_effects_of_a_run_against_a_fit_and_of_a_tree():
 def test_contours_hold_the_share_they_say():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 400_000))
-    density, *_ = plots._grid_density(x, y, [(-5.0, 5.0), (-5.0, 5.0)])
-    for share, level in zip((0.9, 0.5), plots._levels(density, (0.9, 0.5)), strict=True):
+    density, *_ = effects._grid_density(x, y, [(-5.0, 5.0), (-5.0, 5.0)])
+    for share, level in zip((0.9, 0.5), effects._levels(density, (0.9, 0.5)), strict=True):
         radius = np.sqrt(-2 * np.log(1 - share))  # of the disc of a standard normal
         area = np.sum(density >= level) * (10.0 / density.shape[0]) ** 2
         assert abs(area / (np.pi * radius**2) - 1) < 0.1
@@ -74,13 +75,13 @@ def test_vpc_bins_every_observation():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("time (h)", "conc (mg/L)")
     assert "10 time bins, of equally many observations" in ax.get_title(loc="left")
     time = fit.study.time[fit.study.observed["conc"]]
-    where, edges, common = plots._bins(time, 10)
+    where, edges, common = checks._bins(time, 10)
     assert not common and np.bincount(where).min() >= 5 and np.bincount(where).sum() == time.size
     assert np.all((edges[where] <= time) & (time <= edges[where + 1]))
 
 
 def test_common_times_are_bins_of_their_own():
-    where, edges, common = plots._bins(np.tile([4.0, 8.0, 12.0], 20), 3)
+    where, edges, common = checks._bins(np.tile([4.0, 8.0, 12.0], 20), 3)
     assert common and len(edges) == 4
     np.testing.assert_array_equal(where, np.tile([0, 1, 2], 20))
 
