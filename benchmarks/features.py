@@ -12,8 +12,10 @@ An estimate counts as unbiased when it is within three errors of zero plus 2 %. 
 ω of N subjects is by itself biased by about -50/N %.
 """
 
+import re
 import sys
 import time
+from collections import Counter
 
 import features_covariates
 import features_doses
@@ -29,6 +31,9 @@ import flowme as fm
 jax.config.update("jax_enable_x64", True)
 
 FEATURES = features_doses.FEATURES | features_covariates.FEATURES | features_outcomes.FEATURES
+
+
+_NUMBER = re.compile(r"-?\d[\d.e+-]*(?!\w)")  # what differs between messages of one kind
 
 
 def flat(values):
@@ -54,14 +59,14 @@ def estimates(fit, truth):
 def table_of(name, count):
     feature = FEATURES[name]
     vem = fm.VariationalEM(feature.model, starts=1)
-    found, converged, messages, begun = [], 0, set(), time.process_time()
+    found, converged, messages, begun = [], 0, Counter(), time.process_time()
     own = list(FEATURES).index(name)  # so that features do not share their random numbers
     for seed in tqdm(range(count), desc=name, leave=False, disable=None):
         study = feature.draw(np.random.default_rng([own, seed]))
         fit = vem.run(jax.random.key(seed), study, progress=False)
         found.append(estimates(fit, feature.truth))
         converged += fit.converged
-        messages |= set(fit.messages)
+        messages.update(_NUMBER.sub("...", message) for message in fit.messages)
     seconds = time.process_time() - begun
     truth = flat(feature.truth)
     bias = biases(truth, found)
@@ -73,7 +78,9 @@ def table_of(name, count):
           f"{converged} converged, {seconds:.0f} CPU s")  # fmt: skip
     table = pd.DataFrame(rows, columns=["parameter", "truth", "bias, %"])
     print(table.to_string(index=False))
-    print(f"said of some: {min(messages)}\n" if messages else "", flush=True)
+    for message, times in messages.most_common():
+        print(f"said of {times}: {message}")
+    print(flush=True)
 
 
 def main(count="200", *names):

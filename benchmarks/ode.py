@@ -18,7 +18,6 @@ figures, of wall time: right on a machine with nothing else to do.
 
 import ctypes
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -33,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from estimation import by_ode, model_of, study_of
+from fresh import cold_and_warm
 from scipy.integrate import odeint
 
 import flowme as fm
@@ -267,19 +267,7 @@ def one_fit():
 
 
 def fits():
-    rows = {}
-    with tempfile.TemporaryDirectory() as folder:
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": folder,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
-        for name in ("cold", "warm"):
-            command = [sys.executable, __file__, "one_fit"]
-            found = subprocess.run(
-                command, env=os.environ | cache, check=True, capture_output=True, text=True
-            )
-            rows[name] = json.loads(found.stdout.splitlines()[-1])
+    rows = dict(zip(("cold", "warm"), cold_and_warm(__file__, "one_fit"), strict=True))
     print("Fit of an ODE, 100 subjects; seconds")
     print(pd.DataFrame(rows).T.round(2).to_string())
 

@@ -12,7 +12,6 @@ compilation cache. Programs of R that are not there are left out; nlme maximises
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import jax
 import numpy as np
 import pandas as pd
 from estimation import gap, model_of, study_of, timed, within
+from fresh import cold_and_warm
 from pynlme import nlmefitsa
 
 import flowme as fm
@@ -78,19 +78,10 @@ def one_fit(subjects):
 
 def with_cache(subjects):
     """The same in a process that finds nothing in the persistent cache, and in the next one."""
-    with tempfile.TemporaryDirectory() as folder:
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": folder,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
-        for name in ("flowme, with compilation", "flowme, warm cache"):
-            command = [sys.executable, __file__, "one_fit", str(subjects)]
-            found = subprocess.run(
-                command, env=os.environ | cache, check=True, capture_output=True, text=True
-            )
-            seconds, below = json.loads(found.stdout.splitlines()[-1])
-            yield {"program": name, "CPU s": seconds, "below maximum": below}
+    names = "flowme, with compilation", "flowme, warm cache"
+    found = cold_and_warm(__file__, "one_fit", str(subjects))
+    for name, (seconds, below) in zip(names, found, strict=True):
+        yield {"program": name, "CPU s": seconds, "below maximum": below}
 
 
 def below_maximum(best, values):

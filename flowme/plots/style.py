@@ -25,12 +25,14 @@ STYLE = {
 
 
 def outcome_of(study: Study, outcome: str | None) -> str:
+    """The outcome that is asked for, the first one by default."""
     if outcome is not None and outcome not in study.outcomes:
         raise ValueError(f"expected an outcome among {list(study.outcomes)}; got {outcome!r}.")
     return study.outcomes[0] if outcome is None else outcome
 
 
 def label(study: Study, name: str) -> str:
+    """The name of what was measured, with its unit."""
     return with_unit(name, study.units.get(name, ""))
 
 
