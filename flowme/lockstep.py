@@ -28,7 +28,7 @@ __all__ = ["lockstep"]
 # with the rows; on a GPU or TPU it is that of its steps, whatever the rows (benchmarks/ode.py).
 _CHUNK, _CHUNK_OF_ACCELERATOR = 256, 2**17
 _LANES = 32  # chunks are whole numbers of these, for vector instructions
-_PATIENCE = 2  # rows go on by themselves while more than so many do for one that waits
+_PATIENCE = 1  # steps go on until more than so many rows wait for each that does not
 _FEW = 48  # elements of a state that are taken apart; beyond, compiling takes too long
 _TABLE = diffrax.Tsit5.tableau
 
@@ -101,7 +101,7 @@ class _Place(NamedTuple):
     """Where each row stands: in the interval after which event, and in what state."""
 
     event: Array  # [row]
-    length: Array  # of the last step, in time; 0 before the first
+    stride: Array  # length of the last step in time, 0 before the first
     s: Array  # place in the interval, from 0 to 1
     h: Array  # next step
     y: Array  # [..., state, row]
@@ -131,7 +131,13 @@ def _integrate(system, structure, axes: list, leaves: list[Array], max_steps: in
     slope = rows(system.field, -1, -1, -1, -1, of_theta)
     update = rows(system.update, -1, -1, -1, of_theta)
     movable = "dt" in _innermost(moving)
-    last = len(jax.tree.leaves(fixed)[0]) - 1
+    count = len(jax.tree.leaves(fixed)[0])
+    number = jnp.arange(count)[:, None]
+    long = (system.length(*events) > 0) | movable
+    # The last event of each row before which time passes or at which something happens.
+    final = jnp.max(
+        jnp.maximum(number * _acts(events), jnp.minimum(number + 1, count - 1) * long), 0
+    )
 
     def of(event: Array) -> Any:
         """The data of these events, one of each row."""
@@ -140,64 +146,68 @@ def _integrate(system, structure, axes: list, leaves: list[Array], max_steps: in
     def going(at: _Place) -> Array:
         return (at.s < 1) & (at.attempts < max_steps)
 
-    def leave(at: _Place) -> tuple[_Place, Array]:
+    def leave(at: _Place, before: Any, after: Any) -> tuple[_Place, Array]:
         """After the event that ends each row's interval, from whose beginning nothing follows if
         the row has failed; and the state there, NaN of those."""
-        before, after = of(at.event), of(at.event + 1)
         y = update(*after, at.y, theta)
         alive = (at.s >= 1) & jnp.isfinite(_primal(y)).all(axis=0)
         dt = system.length(*before)
-        length = jnp.where(dt > 0, at.h * dt, at.length)
-        event = jnp.where(alive, at.event + 1, last)
-        at = at._replace(event=event, length=length, y=jnp.where(alive, y, at.y))
+        stride = jnp.where(dt > 0, at.h * dt, at.stride)
+        event = jnp.where(alive, at.event + 1, final)
+        at = at._replace(event=event, stride=stride, y=jnp.where(alive, y, at.y))
         return at, jnp.where(alive, y, jnp.nan)
 
-    def enter(at: _Place) -> _Place:
+    def enter(at: _Place, now: Any) -> _Place:
         """At the beginning of the interval after each row's event."""
-        now = of(at.event)
         dt = system.length(*now)
         # An empty interval (two rows at one time, padding) takes no step, but where its length has
         # a derivative: that of the state is then this times the slope.
-        ahead = (at.event < last) & ((dt > 0) | movable)
+        ahead = (at.event < final) & ((dt > 0) | movable)
         s = jnp.where(ahead, 0.0, 1.0).astype(at.y.dtype)
-        h = jnp.where(at.length > 0, jnp.minimum(at.length / jnp.where(dt > 0, dt, 1), 1), 1)
+        h = jnp.where(at.stride > 0, jnp.minimum(at.stride / jnp.where(dt > 0, dt, 1), 1), 1)
         k = slope(*now, jnp.zeros_like(s), at.y, theta)
         attempts = jnp.zeros_like(at.attempts)
         return at._replace(s=s, h=h.astype(s.dtype), k=k, attempts=attempts)
 
     def turn(state: tuple[_Place, Array]) -> tuple[_Place, Array]:
         at, found = state
-        now = of(at.event)
+        now, after = of(at.event), of(at.event + 1)
         stretch = system.stretch(*now)
 
         def field(s: Array, y: Array) -> Array:
             return slope(*now, s, y, theta)
 
-        wait = jnp.where(at.event < last, -_PATIENCE, 0).astype(jnp.int32)
+        wait = jnp.where(at.event < final, -1, 0).astype(jnp.int32)
 
         def few_wait(at: _Place) -> Array:
-            return jnp.sum(jnp.where(going(at), 1, wait), dtype=jnp.int32) > 0
+            return jnp.sum(jnp.where(going(at), _PATIENCE, wait), dtype=jnp.int32) > 0
 
         def step(at: _Place) -> _Place:
             return _attempt(field, stretch, rtol, atol, going(at), at)
 
         at = jax.lax.while_loop(few_wait, step, at)
-        ended = (at.event < last) & ~going(at)
-        after, y = leave(at)
+        ended = (at.event < final) & ~going(at)
+        left, y = leave(at, now, after)
         # A row that goes on writes nowhere.
-        place = jnp.where(ended, at.event + 1, last + 1) * size + jnp.arange(size)
+        place = jnp.where(ended, at.event + 1, count) * size + jnp.arange(size)
         found = found.at[place].set(y.reshape(-1, size).T, mode="drop", unique_indices=True)
-        return jax.tree.map(partial(jnp.where, ended), enter(after), at), found
+        return jax.tree.map(partial(jnp.where, ended), enter(left, after), at), found
 
-    y = update(*jax.tree.map(lambda x: x[0], events), start, theta)
-    alive = jnp.isfinite(_primal(y)).all(axis=0)
-    event, zero = jnp.where(alive, 0, last), jnp.zeros(size, y.dtype)
-    at = _Place(event, zero, zero, zero, jnp.where(alive, y, 0), y, jnp.zeros(size, jnp.int32))
-    found = jnp.full((last + 1, size, y[..., 0].size), jnp.nan, y.dtype)
-    found = found.at[0].set(jnp.where(alive, y, jnp.nan).reshape(-1, size).T)
-    begin = enter(at), found.reshape(-1, y[..., 0].size)
-    _, found = jax.lax.while_loop(lambda state: jnp.any(state[0].event < last), turn, begin)
-    return jnp.moveaxis(found.reshape(last + 1, size, *y.shape[:-1]), 1, -1)
+    # Before the first event, as if at the end of an interval.
+    before, zero = jnp.full(size, -1), jnp.zeros(size, start.dtype)
+    none = jnp.zeros(size, jnp.int32)
+    at = _Place(before, zero, zero + 1, zero, start, jnp.zeros_like(start), none)
+    begin = at, jnp.full((count * size, start[..., 0].size), jnp.nan, start.dtype)
+    _, found = jax.lax.while_loop(lambda state: jnp.any(state[0].event < final), turn, begin)
+    found = found[jnp.minimum(number, final) * size + jnp.arange(size)]  # [event, row, ...]
+    return jnp.moveaxis(found.reshape(count, size, *start.shape[:-1]), 1, -1)
+
+
+def _acts(events: Any) -> Array:
+    """Whether something enters or resets the state at an event, `[event, row]`."""
+    named, _ = jax.tree_util.tree_flatten_with_path(events)
+    acts = [x for path, x in named if getattr(path[-1], "key", "") in ("jump", "reset")]
+    return sum((jnp.any(x != 0, tuple(range(1, x.ndim - 1))) for x in acts), jnp.zeros((), bool))
 
 
 def _like(event: Array, x: Array) -> Array:

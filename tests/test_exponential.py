@@ -16,7 +16,7 @@ def compartments(scale, states, rows=7):
     return rates
 
 
-@pytest.mark.parametrize("states", [1, 2, 4])
+@pytest.mark.parametrize("states", [1, 2, 4, 6])
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0])
 def test_they_are_those_of_scipy(states, scale):
     rates = compartments(scale, states)
@@ -77,3 +77,15 @@ def test_a_row_that_fails_leaves_the_others_alone(bad):
     found = exponentials(jnp.asarray(rates))[:, 0, 0]
     assert np.isnan(found[0])
     np.testing.assert_allclose(found[1], np.exp(-9), rtol=1e-13)
+    slope = jax.grad(lambda x: exponentials(x * jnp.asarray(rates))[1].sum())(1.0)
+    if np.isfinite(bad):  # else the product itself has no derivative
+        np.testing.assert_allclose(slope, -9 * np.exp(-9), rtol=1e-12)
+
+
+def test_rates_up_to_the_limit_that_is_stated():
+    """Absorption within no time, and elimination."""
+    rates = np.array([[[-4e5, 0.0], [4e5, -0.1]], [[-9e5, 0.0], [9e5, -0.1]]])
+    found = exponentials(jnp.asarray(rates))
+    expected = np.array([[0.0, 0.0], [np.exp(-0.1) * 4e5 / (4e5 - 0.1), np.exp(-0.1)]])
+    np.testing.assert_allclose(found[0], expected, rtol=1e-9)
+    assert np.isnan(found[1]).all()

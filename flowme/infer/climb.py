@@ -35,7 +35,7 @@ from flowme.study import Study
 
 LEAD = 1.0  # some subjects have led far enough when a full step is to add less than this
 COLLAPSED = 1e-9  # a radius of the trust region at which no step raises the likelihood any more
-CLOSE = 0.1  # standard errors within which a maximum counts as found where nothing is smooth
+ROUGH = 5.0  # tolerances within which a maximum counts as found where nothing is smooth
 LOOK = 40  # steps in which an ascent that looks for other maxima has found one, or does not
 
 
@@ -231,13 +231,15 @@ class Climb(NamedTuple):
 
     def _rough(self, ascent: Ascent, study: Study) -> Ascent:
         """The ascent that no step leads on, converged if the likelihood's own roughness leaves its
-        maximum within `CLOSE`."""
+        maximum within `ROUGH` tolerances, and a full step leads nowhere either."""
         state = ascent.state
-        missed = self.newton.missed(self.key, state, self.weights, study)
-        within = float(np.sqrt(2 * np.maximum(state.gain, missed)))
-        if not np.isfinite(within):
+        added = self.newton.added(self.key, state, self.weights, study)
+        missed = abs(added - state.gain)
+        lost = np.maximum(state.gain, missed)
+        if not np.isfinite(lost):
             return ascent
-        close = within < CLOSE
+        within = np.sqrt(2 * lost)
+        close = bool(lost < ROUGH * self.tolerance and added < self.tolerance)
         why = (
             f"{'' if close else 'stopped: '}no step raises the likelihood any more, though a full "
             f"one promises {state.gain:.1e} and misses that by {missed:.1e}: the likelihood is not "

@@ -101,11 +101,11 @@ class Newton(NamedTuple):
             return state._replace(radius=0.3 * min(length, state.radius))
         return new._replace(radius=max(state.radius, 2.5 * length) if ratio > 0.7 else state.radius)
 
-    def missed(self, key, state: NewtonState, weights, study) -> float:
-        """By how much a full step misses what it promises to add."""
-        move, promised, _ = trust_region(state.gradient, state.hessian, np.inf)
+    def added(self, key, state: NewtonState, weights, study) -> float:
+        """What a full step, whose promise is `gain`, adds to the objective."""
+        move, *_ = trust_region(state.gradient, state.hessian, np.inf)
         new = self._moved(key, state, weights, study, move, state.radius, state.rule)
-        return abs(new.objective - state.objective - promised)
+        return new.objective - state.objective
 
     def finish(self, key, state, weights, study, tolerance=1e-3, most=50):
         """Steps until a full one is expected to add less than the tolerance, and that one, which

@@ -65,7 +65,8 @@ class VariationalEM:
         use_priors: maximise log p(y; θ) + log p(θ) (MAP). By default priors only give supports
             and starting values. A flow's weights are kept small by early stopping in both cases.
         tolerance: the iteration has converged when a full step is expected to add less than this
-            to the log-likelihood.
+            to the log-likelihood; where the likelihood is not smooth, and no step raises it any
+            more, when its roughness is less than five times this, and a message says so.
         max_iterations: of the Newton iteration.
         starts: how many starting values are tried: the model's, and others a factor of 5 away from
             where that one ends, so spread that any two parameters are moved in all four directions
@@ -196,7 +197,7 @@ class VariationalEM:
         gaussian = Joint.of(replace_effect(self.model, **gaussians(laws)), study)
         known = {k: v for k, v in (init or {}).items() if k in gaussian.roles.population}
         first = self._climb(key_climb, gaussian, known, study, progress, (kept, "gaussian"))
-        said = tuple(f"Gaussian random effects: {message}" for message in first.messages)
+        said = tuple(f"Gaussian random effects: {x}" for x in (first.why, *first.messages) if x)
         if first.interrupted:
             return self._finish(keys_end, first, study, clock)
         start_from = partial(from_gaussian, key_start, joint, laws, init or {})
