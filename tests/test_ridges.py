@@ -5,14 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from fits import INIT, absorption
 from scipy.special import logsumexp
 
 import flowme as fm
+from flowme.infer.climb import Ascent
 from flowme.infer.conditional import _cholesky, find
+from flowme.infer.course import Course, ridges
 from flowme.infer.evaluate import evaluate
 from flowme.infer.joint import Joint
 from flowme.infer.marginal import by_quadrature, estimate_marginal
-from flowme.infer.newton import newton_of
+from flowme.infer.newton import MEANS, newton_of
 
 THETA = {"V": 89.3, "CL": 19.9, "b": 0.415, "eta_omega": [0.365, 0.423]}
 
@@ -120,6 +123,19 @@ def test_a_climb_ends_at_the_maximum_where_modes_lead_nowhere():
     rise = [log_likelihood(fit.theta + s) - log_likelihood(fit.theta - s) for s in step]
     slope = np.array(rise) / 2e-3
     assert 0.5 * slope @ fit.covariance() @ slope < 1e-3  # what a full step would add
+
+
+def test_there_is_no_ridge_where_modes_see_the_same_likelihood_in_the_end():
+    """However the climb went."""
+    study, key = fm.datasets.theophylline(), jax.random.key(0)
+    joint = Joint.of(absorption, study)
+    newton = newton_of(joint, joint.unconstrain(INIT), {}, study, use_priors=False)
+    state, _ = newton.finish(key, newton.start(key, joint.unconstrain(INIT), {}, study), {}, study)
+    means = newton.finer(key, state, {}, study)
+    course = Course.of(joint, {}, newton, Ascent(means, np.array([means.objective]), 1, True))
+    assert means.rule == MEANS and ridges(course, study) == []
+    higher = course._replace(state=means._replace(objective=means.objective + 0.1))
+    assert "ridges" in ridges(higher, study)[0]
 
 
 def test_a_bound_in_single_precision_is_finite():

@@ -93,9 +93,15 @@ def _same(one: Course, other: Course) -> bool:
     return abs(one.history[-1] - other.history[-1]) < _LEVEL and not _beside(one, other, typical)
 
 
-def ridges(course: Course) -> list[str]:
-    """A message when modes did not serve to find θ."""
-    if course.state.rule < MEANS or course.selected:  # a learned flow's θ was found otherwise
+def ridges(course: Course, study: Study) -> list[str]:
+    """A message when modes did not serve to find θ, and do not see the same likelihood there
+    either: on the way conditional distributions may be what they are not in the end."""
+    state = course.state
+    if state.rule < MEANS or course.selected:  # a learned flow's θ was found otherwise
+        return []
+    modes = state.evaluation.conditional.mean
+    seen = course.newton.near(jax.random.key(0), state.theta, course.weights, study, modes)
+    if abs(seen.objective - state.objective) < _LEVEL:
         return []
     return [
         "the conditional distributions of the random effects are far from Gaussian (ridges): "

@@ -324,7 +324,7 @@ class VariationalEM:
         marginal = self._marginal(key_marginal, course, study, finer)
         information, outer = self._information(key_information, course, study, finer)
         messages = [course.why] if course.why else []
-        messages += [*course.messages, *ridges(course)]
+        messages += [*course.messages, *ridges(course, study)]
         messages += failed(marginal.log_likelihood, course, study)
         fit = Fit(
             joint=joint,
