@@ -26,6 +26,7 @@ from flowme.study import Study
 ORDER = {1: (7, 15, 31), 2: (5, 9, 15), 3: (3, 5, 9), 4: (3, 4, 7)}
 FAR, NEAR, MEANS = range(3)
 _MORE = 10  # times as many steps towards modes, with importance sampling
+_AGAIN = 50  # steps when modes are looked for anew: on a ridge ten did not get to all of them
 _PROMISE = 5.0  # log-likelihood that a step promises near the maximum
 STUCK = 1e-2  # a radius of the trust region that says that the nodes are at fault, not the step
 
@@ -71,8 +72,8 @@ class Newton(NamedTuple):
 
     def again(self, key, state: NewtonState, weights, study) -> NewtonState:
         """The state at the same θ, the modes looked for anew."""
-        rule = min(state.rule, NEAR)
-        new = self._at(key, state.theta, weights, study, None, 10, state.radius, rule)
+        rule, steps = min(state.rule, NEAR), 10 if self.engine.points else _AGAIN
+        new = self._at(key, state.theta, weights, study, None, steps, state.radius, rule)
         return self.finer(key, new, weights, study) if state.rule == MEANS else new
 
     def finer(self, key, state: NewtonState, weights, study) -> NewtonState:
