@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +22,6 @@ __all__ = [
     "oral_three_compartment",
     "oral_two_compartment",
 ]
-
-# (1 - exp(-x)) / x = sum_n (-x)^n / (n + 1)!; 10 terms are exact to double precision below 1/10.
-_SERIES = tuple((-1) ** n / math.factorial(n + 1) for n in range(10))
 
 
 def iv_one_compartment(psi: Any, study: Study) -> Array:
@@ -304,11 +302,28 @@ def _lost(x: Array) -> Array:
 
 
 def _relative_decay(x: Array) -> Array:
-    """(1 - exp(-x)) / x for x >= 0, with two accurate derivatives at and near 0."""
-    near = x < 0.1
+    """(1 - exp(-x)) / x for x >= 0, with accurate derivatives at and near 0."""
+    return _decay(0, x)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _decay(n: int, x: Array) -> Array:
+    """The integral of sⁿ exp(-s x) for s from 0 to 1, x >= 0; its derivative is minus the next."""
+    near = x < 0.1  # where ten terms of its series are exact to double precision
     small, large = jnp.where(near, x, 0), jnp.where(near, 1, x)  # neither branch makes a NaN
-    series = jnp.polyval(jnp.asarray(_SERIES[::-1], x.dtype), small)
-    return jnp.where(near, series, (1 - jnp.exp(-large)) / large)
+    series: Any = 0.0
+    for m in reversed(range(10)):
+        series = series * -small + 1 / (math.factorial(m) * (n + m + 1))
+    left = jnp.exp(-large)
+    far = (1 - left) / large
+    for k in range(1, n + 1):
+        far = (k * far - left) / large
+    return jnp.where(near, series, far)
+
+
+@_decay.defjvp
+def _(n: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _decay(n, *primals), -_decay(n + 1, *primals) * tangents[0]
 
 
 def _check_doses(model: str, study: Study, oral: bool) -> None:

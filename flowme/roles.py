@@ -23,6 +23,7 @@ from numpyro.primitives import Messenger
 from flowme.effects import RandomEffect
 from flowme.flow_effect import FlowRandomEffect
 from flowme.hierarchy import group_effects
+from flowme.quick import quick
 from flowme.study import Study
 
 
@@ -148,7 +149,7 @@ def _trace(model: Callable, study: Study) -> tuple[dict[str, dict], dict[str, An
     return found["sites"], found["declared"]
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(quick, static_argnums=0)
 def _inspect(model: Callable, study: Study) -> tuple[dict, dict]:
     """Medians of the population parameters that have no starting value, and which observations lie
     outside the support of their law, `[subject, time]`."""

@@ -14,6 +14,7 @@ from flowme.infer.errors import base_support, correlation, parameter_names, weak
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
 from flowme.per_occasion import PerOccasion
+from flowme.quick import quick
 
 _FLAT = 5.0  # standard error of an unconstrained bounded parameter that says it is at its bound:
 # that of a logarithm, a factor of 150 either way
@@ -49,7 +50,7 @@ def _flat(fit: Fit) -> np.ndarray:
     return ~free & (np.abs(np.diag(fit.information)) < _FLAT**-2)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(quick, static_argnums=0)
 def _covariances(joint: Joint, theta, weights, study) -> tuple[dict[str, Any], Any]:
     """Ω of each site whose law is one of flowme's (of one occasion, and the mean over subjects),
     and the covariance of all effects."""

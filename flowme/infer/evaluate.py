@@ -41,6 +41,7 @@ from flowme.infer.joint import Joint, Weights
 from flowme.infer.parallel import by_chunk
 from flowme.infer.quadratic import features, in_z, quadratic_form, second_order
 from flowme.infer.references import References
+from flowme.quick import SOON, pays, quick
 from flowme.study import Study
 
 CHUNK = 256  # subjects in one call of the compiled program
@@ -123,7 +124,8 @@ def evaluate(
     modes = np.zeros((len(counts), size)) if start is None else start
     given = around or Conditional(modes, np.full((len(counts), size, size), np.nan))
     shared = key, theta, weights, scouts, steps, rule, law
-    each, sums = by_chunk(_evaluate, engine, shared, (study, modes, counts, given), chunk)
+    program = _evaluate if _lasts(engine, study, order) else _evaluate_soon
+    each, sums = by_chunk(program, engine, shared, (study, modes, counts, given), chunk)
     return Evaluation(*each, *sums)
 
 
@@ -148,8 +150,7 @@ class _Sums(NamedTuple):
     spread: jax.Array  # E (η_i - m_i)(η_i - m_i)ᵀ, [subject, effect, effect]
 
 
-@partial(jax.jit, static_argnums=0)
-def _evaluate(engine, shared, chunk) -> tuple[tuple, tuple]:
+def _of_chunk(engine, shared, chunk) -> tuple[tuple, tuple]:
     """`evaluate` for one chunk: what is of each subject, and the sums."""
     key, theta, weights, scouts, steps, rule, law = shared
     number, real, (study, start, counts, given) = chunk
@@ -173,6 +174,18 @@ def _evaluate(engine, shared, chunk) -> tuple[tuple, tuple]:
     outer = score.T @ (counts[:, None] * score)
     each = conditional, placed.mean + found.away, covariance, found.log_likelihood
     return each, (counts @ score, into.T @ second @ into - outer, outer)
+
+
+_evaluate = jax.jit(_of_chunk, static_argnums=0)
+_evaluate_soon = quick(_of_chunk, static_argnums=0, options=SOON)
+
+
+def _lasts(engine: Engine, study: Study, order: int) -> bool:
+    """Whether the program has much to do: this evaluation, and what an ascent probably takes."""
+    each = 20 if engine.references.loops else 1  # an ODE's takes so much longer
+    records = each * sum(np.size(mask) for mask in study.observed.values())
+    nodes = engine.points or order**engine.joint.effect_size
+    return pays(engine, float(nodes * records), 300.0 * records)
 
 
 def _places(engine: Engine) -> np.ndarray:

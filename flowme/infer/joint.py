@@ -23,6 +23,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
 from flowme.effects import RandomEffect
+from flowme.quick import quick
 from flowme.roles import Roles, roles
 from flowme.study import Study
 
@@ -259,7 +260,7 @@ class Joint:
         return {name: site["value"] for name, site in sites.items()}
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(quick, static_argnums=0)
 def _unconstrained(joint: Joint, values: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
     """θ, and whether each parameter is within its support."""
     pieces, within = [jnp.zeros(0)], {}

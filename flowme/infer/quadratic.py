@@ -21,11 +21,10 @@ import numpy as np
 
 from flowme.infer.joint import Joint
 from flowme.infer.references import References
+from flowme.quick import quick
 
-_QUICK = {"xla_backend_optimization_level": 0}  # of a program dearer to compile than to run
 
-
-@partial(jax.jit, static_argnums=0, compiler_options=_QUICK)
+@partial(quick, static_argnums=0)
 def quadratic_form(
     static: tuple[Joint, References], theta, weights, study
 ) -> tuple[jax.Array, tuple[Any, ...]]:

@@ -7,7 +7,7 @@ p(y_i | ψ_i) need not be differentiated with respect to θ_a.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from numpyro.primitives import Messenger
 
 from flowme.effects import RandomEffect
 from flowme.infer.joint import Joint, Weights
+from flowme.quick import quick
 from flowme.study import Study
 
 _SOME = 256  # subjects tried with the likelihood
@@ -28,6 +29,7 @@ class References(NamedTuple):
 
     pairs: tuple[tuple[int, str, int], ...]  # effect j; the site of θ_a and its element there
     sites: frozenset[str]  # population parameters all of whose elements are referenced
+    loops: bool = False  # whether p(y | ψ) is computed by loops, as of an ODE
 
     def matrix(self, joint: Joint) -> np.ndarray:
         """1 where parameter a is referenced by effect j, `[effect, parameter]`."""
@@ -62,7 +64,7 @@ def _places(joint: Joint, names: list[str]) -> np.ndarray:
     return np.concatenate([np.zeros(0, int), *(np.arange(s.start, s.stop) for s in slices)])
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(quick, static_argnums=0)
 def _likelihoods(joint: Joint, thetas, weights: Weights, etas, study: Study):
     def likelihood(theta, eta):
         return joint.likelihood(joint.constrain(theta), weights, eta, study)
@@ -70,7 +72,7 @@ def _likelihoods(joint: Joint, thetas, weights: Weights, etas, study: Study):
     return jax.vmap(likelihood)(thetas, etas)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(quick, static_argnums=0)
 def _individuals(joint: Joint, thetas, weights: Weights, etas, study: Study):
     def parameters(theta, eta):
         found = joint.individual(theta, weights, eta, study)
@@ -87,26 +89,40 @@ class _Cut(Messenger):
             msg["value"] = {name: jnp.ones(x.shape) for name, x in msg["fn"]().items()}
 
 
-def _beside_individual(joint: Joint, theta, weights: Weights, study: Study) -> np.ndarray | None:
-    """Whether each element of θ enters p(y_i | ψ_i; θ) beside ψ_i, `[parameter]`: read from the
-    program that computes it, without running it. None where random effects do, or are not in ψ."""
+def _program(joint: Joint, theta, weights: Weights, study: Study) -> tuple[Any, Any]:
+    """The program that computes the parameters of the outcomes' laws from (θ, η), ψ being given,
+    and the structure of its arguments."""
 
     def laws(values, eta):
         with _Cut():
             x, _, _ = joint.predicted(values, weights, eta, study)
         return x
 
-    if not joint.roles.individual:
-        return None
     eta = jax.ShapeDtypeStruct((study.subjects.size, joint.effect_size), jnp.result_type(float))
     values = jax.eval_shape(joint.constrain, theta)
-    program = jax.make_jaxpr(laws)(values, eta).jaxpr
+    return jax.make_jaxpr(laws)(values, eta).jaxpr, jax.tree.structure((values, eta))
+
+
+def _beside_individual(joint: Joint, program, arguments) -> np.ndarray | None:
+    """Whether each element of θ enters p(y_i | ψ_i; θ) beside ψ_i, `[parameter]`: read from the
+    program that computes it, without running it. None where random effects do, or are not in ψ."""
+    if not joint.roles.individual:
+        return None
     _, used = dce_jaxpr(program, [True] * len(program.outvars))
-    enters, effects = jax.tree.unflatten(jax.tree.structure((values, eta)), used)
+    enters, effects = jax.tree.unflatten(arguments, used)
     beside = np.zeros(joint.size, bool)
     for name, where in joint.slices.items():
         beside[where] = enters[name]
     return None if effects else beside
+
+
+def _loops(program) -> bool:
+    """Whether a program, or one that it calls, has a loop."""
+    if any(step.primitive.name in ("while", "scan") for step in program.eqns):
+        return True
+    inner = [x for step in program.eqns for x in jax.tree.leaves(step.params)]
+    programs = (getattr(x, "jaxpr", x) for x in inner)
+    return any(_loops(x) for x in programs if hasattr(x, "eqns"))
 
 
 def find(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> References:
@@ -119,7 +135,8 @@ def find(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> Refe
     subjects are tried, spread over it. Laws that are not flowme's are left alone: they may have
     kinks.
     """
-    beside = _beside_individual(joint, theta, weights, study)
+    program, arguments = _program(joint, theta, weights, study)
+    beside = _beside_individual(joint, program, arguments)
     size = study.subjects.size
     spread = np.unique(np.linspace(0, size - 1, min(_SOME, size)).astype(int))
     each = 2 * (1 + joint.size * (1 + joint.effect_size)) * joint.effect_size  # numbers η of each
@@ -139,7 +156,8 @@ def find(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> Refe
         new = [int(j[0]) for j in partners if len(j) == 1]
         if len(set(new) - taken) == len(partners) and not joint.roles.population[site].effect:
             pairs += [(effect, site, element) for element, effect in enumerate(new)]
-    return References(tuple(pairs), frozenset(site for _, site, _ in pairs))
+    sites = frozenset(site for _, site, _ in pairs)
+    return References(tuple(pairs), sites, _loops(program))
 
 
 def _undone(joint: Joint, theta, weights: Weights, study: Study, rows, beside) -> np.ndarray:

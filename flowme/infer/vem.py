@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
+from flowme.garbage import set_aside
 from flowme.infer.asked import asked
 from flowme.infer.checkpoint import Checkpoint
 from flowme.infer.climb import Climb
@@ -156,6 +157,7 @@ class VariationalEM:
             return jnp.asarray(-state.inner.objective)
         return -jnp.sum(state.inner.log_likelihood)
 
+    @set_aside()
     def run(
         self,
         key: jax.Array,
