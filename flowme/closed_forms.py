@@ -310,10 +310,10 @@ def _relative_decay(x: Array) -> Array:
 def _decay(n: int, x: Array) -> Array:
     """The integral of sⁿ exp(-s x) for s from 0 to 1, x >= 0; its derivative is minus the next."""
     near = x < 0.1  # where ten terms of its series are exact to double precision
-    small, large = jnp.where(near, x, 0), jnp.where(near, 1, x)  # neither branch makes a NaN
-    series: Any = 0.0
-    for m in reversed(range(10)):
-        series = series * -small + 1 / (math.factorial(m) * (n + m + 1))
+    small, large = jnp.where(near, -x, 0), jnp.where(near, 1, x)  # neither branch makes a NaN
+    series: Any = 1 / (math.factorial(9) * (n + 10))
+    for m in reversed(range(9)):
+        series = series * small + 1 / (math.factorial(m) * (n + m + 1))
     left = jnp.exp(-large)
     far = (1 - left) / large
     for k in range(1, n + 1):

@@ -287,9 +287,10 @@ def _fill_unobserved(law, values, mask):
     be an infinite log density whose masked gradient is NaN.
     """
     size, count = mask.shape
-    own = count * jnp.arange(size)[:, None]
-    first = jnp.where(mask.any(1), own[:, 0] + jnp.argmax(mask, axis=1), jnp.argmax(mask))
-    cell = jnp.where(mask, own + jnp.arange(count), first[:, None])
+    cell = jnp.arange(size * count).reshape(size, count)
+    first = jnp.min(jnp.where(mask, cell, size * count - 1), axis=1)
+    first = jnp.where(mask.any(1), first, jnp.min(first))
+    cell = jnp.where(mask, cell, first[:, None])
 
     def fill(leaf):
         if jnp.ndim(leaf) != 2 or leaf.shape[-1] != count:

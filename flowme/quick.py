@@ -7,9 +7,10 @@ as long again, or four times as long. Most fits take less than their own compila
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache, wraps
 from typing import Any
 
 import jax
@@ -20,20 +21,25 @@ _ONE_MODULE = {
     "xla_cpu_use_fusion_emitters": False,  # each writes a module of its own
     "xla_cpu_parallel_codegen_split_count": 1,
 }
-AT_ONCE = {**_ONE_MODULE, "xla_backend_optimization_level": 0}  # for programs that run once
-SOON = {**_ONE_MODULE, "xla_backend_optimization_level": 1}  # that run for a few seconds at most
-_PAYS = 2e8  # predictions of a record that take as much longer as optimised code is to write
+AT_ONCE: dict[str, Any] = {**_ONE_MODULE, "xla_backend_optimization_level": 0}
+SOON: dict[str, Any] = {**_ONE_MODULE, "xla_backend_optimization_level": 1}
+_WORTH = 3e7, 3e8  # predictions of a record from which on more optimisation pays
+_unknown: set[str] = set()  # options that this XLA does not have
 _done: defaultdict[Hashable, float] = defaultdict(float)
 
 
 def quick(
     function: Callable,
     static_argnums: int | Sequence[int] = (),
-    options: Mapping[str, Any] = AT_ONCE,
+    options: dict[str, Any] = AT_ONCE,
 ) -> Callable:
     """`jax.jit` of a function that takes longer to compile than to run, on a processor."""
     plain = jax.jit(function, static_argnums=static_argnums)
-    hurried = jax.jit(function, static_argnums=static_argnums, compiler_options=dict(options))
+
+    @cache
+    def hurried(unknown: frozenset[str]) -> Callable:
+        known = {name: value for name, value in options.items() if name not in unknown}
+        return jax.jit(function, static_argnums=static_argnums, compiler_options=known)
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
@@ -41,17 +47,25 @@ def quick(
         if inside or on_accelerator():
             return plain(*arguments)
         try:
-            return hurried(*arguments)
+            return hurried(frozenset(_unknown))(*arguments)
         except jax.errors.JaxRuntimeError as error:
-            if "No such compile option" not in str(error):
+            name = re.search("No such compile option: '(.*?)'", str(error))
+            if name is None or name[1] in _unknown:
                 raise
-            return plain(*arguments)  # another XLA, which has other options
+            _unknown.add(name[1])
+            return call(*arguments)
 
     return call
 
 
-def pays(program: Hashable, now: float, ahead: float) -> bool:
-    """Whether a program has run for so long, or will, that it is worth optimising.
+def tiers(function: Callable, static_argnums: int | Sequence[int] = ()) -> tuple[Callable, ...]:
+    """The function compiled with ever more care, for `tier` to choose from."""
+    hurried = (quick(function, static_argnums, options) for options in (AT_ONCE, SOON))
+    return *hurried, jax.jit(function, static_argnums=static_argnums)
+
+
+def tier(program: Hashable, now: float, ahead: float) -> int:
+    """With how much care to compile a program: 0, 1, or 2, by what it has to do.
 
     It depends on all that was asked about the program, and on no clock: the same fits, in the same
     order, are computed by the same programs.
@@ -59,7 +73,12 @@ def pays(program: Hashable, now: float, ahead: float) -> bool:
     Args:
         program: which one.
         now: what it is to do now, in predictions of a record.
-        ahead: what it will probably have to do then.
+        ahead: what a whole fit takes, probably.
     """
+    if on_accelerator():
+        return 2
     _done[program] += now
-    return on_accelerator() or _done[program] + ahead > _PAYS
+    expected = max(_done[program], ahead)
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        expected *= 10  # what is compiled is kept, and will serve again
+    return sum(expected > worth for worth in _WORTH)

@@ -189,18 +189,23 @@ def _cholesky(matrix: jax.Array) -> jax.Array:
     """Cholesky factors; of a matrix that is not positive definite, of |A|, which has its
     eigenvectors and the absolute values of its eigenvalues and bounds it: along a narrow ridge
     steps stay long, across it short."""
-    factor = jnp.linalg.cholesky(matrix)
-    failed = jnp.any(jnp.isnan(factor), (-1, -2), keepdims=True)
+    factor = _factor(matrix)
+    failed = jnp.isnan(factor[..., -1, -1])
 
     def bounded(_):
-        values, vectors = jnp.linalg.eigh(matrix)
+        values, vectors = jax.lax.linalg.eigh(matrix, symmetrize_input=False)[::-1]
         size = jnp.abs(values)
         least = max(1e-10, 30 * float(jnp.finfo(matrix.dtype).eps))
         size = jnp.maximum(size, least * jnp.max(size, -1, keepdims=True))
         bound = (vectors * size[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
-        return jnp.where(failed, jnp.linalg.cholesky(bound), factor)
+        return _factor(jnp.where(failed[..., None, None], bound, matrix))
 
     return jax.lax.cond(jnp.any(failed), bounded, lambda _: factor, None)
+
+
+def _factor(matrix: jax.Array) -> jax.Array:
+    """Cholesky factors, NaN where there is none."""
+    return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
 
 
 @_cholesky.def_vmap

@@ -19,6 +19,7 @@ both are arguments. Memory does not grow with the number of subjects.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from flowme.infer.joint import Joint, Weights
 from flowme.infer.parallel import by_chunk
 from flowme.infer.quadratic import features, in_z, quadratic_form, second_order
 from flowme.infer.references import References
-from flowme.quick import SOON, pays, quick
+from flowme.quick import tier, tiers
 from flowme.study import Study
 
 CHUNK = 256  # subjects in one call of the compiled program
@@ -114,17 +115,18 @@ def evaluate(
     counts = np.ones(study.subjects.size) if counts is None else np.asarray(counts, float)
     many = study.subjects.size > 4 * chunk
     scouts = 0 if start is not None else SCOUTS // 4 if many else SCOUTS
-    rule, law = (np.zeros((0, _BLOCK, 0)), np.zeros((0, _BLOCK)), 0), ()
+    rule: Any = np.zeros((0, _BLOCK, 0)), np.zeros((0, _BLOCK)), 0
+    law: Any = ()
     if order:
         rule = _rule(engine.joint.effect_size, order)
         some = jax.tree.map(lambda x: x[:chunk], study)
         of = engine.joint, engine.references
-        law = jax.tree.map(np.asarray, quadratic_form(of, theta, weights, some))
+        law = quadratic_form(of, theta, weights, some)
     size = engine.joint.effect_size
     modes = np.zeros((len(counts), size)) if start is None else start
     given = around or Conditional(modes, np.full((len(counts), size, size), np.nan))
     shared = key, theta, weights, scouts, steps, rule, law
-    program = _evaluate if _lasts(engine, study, order) else _evaluate_soon
+    program = _program(engine, study, order)
     each, sums = by_chunk(program, engine, shared, (study, modes, counts, given), chunk)
     return Evaluation(*each, *sums)
 
@@ -145,7 +147,7 @@ class _Sums(NamedTuple):
 
     log_likelihood: jax.Array  # [subject]
     first: jax.Array  # ∇ℓ_i, [subject, part]
-    second: jax.Array  # Σ_k π_ik (H_ik + g_ik g_ikᵀ), [subject, part, part]
+    second: jax.Array  # Σ_i c_i Σ_k π_ik (H_ik + g_ik g_ikᵀ), [part, part]
     away: jax.Array  # E η_i - m_i, m_i the centre of the nodes, [subject, effect]
     spread: jax.Array  # E (η_i - m_i)(η_i - m_i)ᵀ, [subject, effect, effect]
 
@@ -162,30 +164,28 @@ def _of_chunk(engine, shared, chunk) -> tuple[tuple, tuple]:
         jnp.where(usable[:, None, None], given.scale_tril, conditional.scale_tril),
     )
     if engine.points:
-        found = _by_importance(engine, key, theta, weights, study, placed)
+        found = _by_importance(engine, key, theta, weights, study, placed, counts)
     else:
-        found = _by_quadrature(engine, theta, weights, study, placed, rule, law)
+        found = _by_quadrature(engine, theta, weights, study, placed, counts, rule, law)
     covariance = found.spread - found.away[:, :, None] * found.away[:, None, :]
     into = _places(engine)
-    # A subject that counts 0 times may be one that the model cannot predict.
     score = jnp.where(counts[:, None] > 0, found.first @ into, 0.0)
-    second = jnp.where(counts[:, None, None] > 0, found.second, 0.0)
-    second = jnp.einsum("s,spq->pq", counts, second)
     outer = score.T @ (counts[:, None] * score)
     each = conditional, placed.mean + found.away, covariance, found.log_likelihood
-    return each, (counts @ score, into.T @ second @ into - outer, outer)
+    return each, (counts @ score, into.T @ found.second @ into - outer, outer)
 
 
-_evaluate = jax.jit(_of_chunk, static_argnums=0)
-_evaluate_soon = quick(_of_chunk, static_argnums=0, options=SOON)
+_PROGRAMS = tiers(_of_chunk, static_argnums=0)
+_FIT = 2500  # predictions of every record that a fit takes, the finest quadrature included
+_ODE = 20  # how much longer an ODE takes than a closed form
 
 
-def _lasts(engine: Engine, study: Study, order: int) -> bool:
-    """Whether the program has much to do: this evaluation, and what an ascent probably takes."""
-    each = 20 if engine.references.loops else 1  # an ODE's takes so much longer
-    records = each * sum(np.size(mask) for mask in study.observed.values())
+def _program(engine: Engine, study: Study, order: int) -> Callable:
+    """`_of_chunk`, compiled as this and earlier evaluations are worth."""
+    records = sum(np.size(mask) for mask in study.observed.values())
+    records = _ODE * records if engine.references.loops else records
     nodes = engine.points or order**engine.joint.effect_size
-    return pays(engine, float(nodes * records), 300.0 * records)
+    return _PROGRAMS[tier(engine, float(nodes * records), float(_FIT * records))]
 
 
 def _places(engine: Engine) -> np.ndarray:
@@ -196,7 +196,7 @@ def _places(engine: Engine) -> np.ndarray:
     return np.eye(joint.size)[np.concatenate(parts)]
 
 
-def _by_quadrature(engine, theta, weights, study, conditional, rule, law) -> _Sums:
+def _by_quadrature(engine, theta, weights, study, conditional, counts, rule, law) -> _Sums:
     """Nodes η_ik = m_i + L_i z_k; for Gaussian effects.
 
     Their log density is q(θ)ᵀ T(u_ik) with u the effects whitened and T(u) = (1, u, u uᵀ), and
@@ -239,19 +239,19 @@ def _by_quadrature(engine, theta, weights, study, conditional, rule, law) -> _Su
     squares = (squares / total[:, None]).reshape(subjects, t, t)
     cross, own = cross / total[:, None, None], own / total[:, None, None]
     once = jnp.einsum("st,stu->su", squares[:, 0], into)  # means of T(u), of its square
-    twice = jnp.einsum("stu,stv,svw->suw", into, squares, into)
-    side = jnp.einsum("sqt,stu,up->sqp", cross, into, q1)
-    both = jnp.einsum("su,upq->spq", once, q2) + jnp.einsum("up,suv,vq->spq", q1, twice, q1)
+    twice = _total(counts, jnp.swapaxes(into, 1, 2) @ squares @ into)
+    side = _total(counts, cross @ into) @ q1
+    both = jnp.einsum("u,upq->pq", _total(counts, once), q2) + q1.T @ twice @ q1
     return _Sums(
         top + jnp.log(total) + log_det(tril),
         jnp.concatenate([cross[:, :, 0], once @ q1], 1),
-        jnp.block([[own, side], [jnp.swapaxes(side, 1, 2), both]]),
+        jnp.block([[_total(counts, own), side], [side.T, both]]),
         jnp.einsum("sde,se->sd", tril, squares[:, 0, 1 : 1 + d]),
         jnp.einsum("sde,sef,sgf->sdg", tril, squares[:, 1 : 1 + d, 1 : 1 + d], tril),
     )
 
 
-def _by_importance(engine, key, theta, weights, study, conditional) -> _Sums:
+def _by_importance(engine, key, theta, weights, study, conditional, counts) -> _Sums:
     """Importance nodes; for any law."""
     joint, references = engine.joint, engine.references
     mean = conditional.mean
@@ -287,7 +287,13 @@ def _by_importance(engine, key, theta, weights, study, conditional) -> _Sums:
     shapes = [(), (p,), (p, p), (effects,), (effects, effects)]
     empty = (jnp.full(subjects, -jnp.inf), *(jnp.zeros((subjects, *shape)) for shape in shapes))
     top, total, *sums = jax.lax.fori_loop(0, engine.points // _BLOCK, add, empty)
-    return _Sums(top + jnp.log(total), *(x / _wide(total, x) for x in sums))
+    first, second, away, spread = (x / _wide(total, x) for x in sums)
+    return _Sums(top + jnp.log(total), first, _total(counts, second), away, spread)
+
+
+def _total(counts: jax.Array, x: jax.Array) -> jax.Array:
+    """Σ_i c_i x_i; a subject that counts 0 times may be one that the model cannot predict."""
+    return jnp.tensordot(counts, jnp.where(_wide(counts, x) > 0, x, 0.0), 1)
 
 
 @partial(jax.jit, static_argnums=0)

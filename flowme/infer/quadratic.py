@@ -12,8 +12,8 @@ precision of u is the identity, however near to singular Ω is.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,37 +24,53 @@ from flowme.infer.references import References
 from flowme.quick import quick
 
 
-@partial(quick, static_argnums=0)
 def quadratic_form(
-    static: tuple[Joint, References], theta, weights, study
-) -> tuple[jax.Array, tuple[Any, ...]]:
+    of: tuple[Joint, References], theta, weights, study
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """W, and q with its first and second derivatives by the part `of_density` of θ,
-    `[feature, ...]`; nodes move with referenced parameters, so that η counts from their shift."""
-    joint, references = static
+    `[feature, ...]`; nodes move with referenced parameters, so that η counts from their shift.
+
+    With L the lower triangular root of Ω, M = L(θ₀)⁻¹ L(θ) and s = L(θ₀)⁻¹ (shift), the precision
+    of u is P = M⁻ᵀ M⁻¹ and q = (-sᵀPs/2 - log |L| - (d/2) log 2π, P s, -P_jk (half for j = k)),
+    at θ₀ with M = I and s = 0.
+    """
+    joint, references = of
+    L, L1, L2 = map(np.asarray, _root(of, theta, weights, study))
+    d = len(L)
+    W = np.linalg.inv(L) if np.all(np.diagonal(L) != 0) else np.full(L.shape, np.nan)
+    M1, M2 = (np.moveaxis(np.tensordot(W, x, 1), (0, 1), (-2, -1)) for x in (L1, L2))
+    s1 = (W @ references.matrix(joint)[:, references.of_density(joint)]).T
+    both = np.einsum("ade,bef->abdf", M1, M1)
+    inverse = both + np.swapaxes(both, 0, 1) - M2  # second derivatives of M⁻¹; the first are -M1
+    cross = np.einsum("aed,bef->abdf", M1, M1)
+    P1 = -M1 - np.swapaxes(M1, 1, 2)
+    P2 = inverse + np.swapaxes(inverse, 2, 3) + cross + np.swapaxes(cross, 0, 1)
+    diagonal = np.diagonal(M1, axis1=1, axis2=2)
+    log_det1, log_det2 = diagonal.sum(1), np.trace(M2, axis1=2, axis2=3) - diagonal @ diagonal.T
+    j, k = np.triu_indices(d)
+    half = np.where(j == k, 0.5, 1.0)
+    pull = np.einsum("ade,be->abd", P1, s1)
+    top = -np.sum(np.log(np.abs(np.diagonal(L)))) - 0.5 * d * math.log(2 * math.pi)
+    q = np.concatenate([[top], np.zeros(d), -half * np.eye(d)[j, k]])
+    q1 = np.concatenate([-log_det1[:, None], s1, -half * P1[:, j, k]], 1)
+    top2 = -(s1 @ s1.T) - log_det2
+    bent = -half * P2[..., j, k]
+    q2 = np.concatenate([top2[..., None], pull + np.swapaxes(pull, 0, 1), bent], 2)
+    return W, (q, q1.T, np.moveaxis(q2, 2, 0))
+
+
+@partial(quick, static_argnums=0)
+def _root(of: tuple[Joint, References], theta, weights, study):
+    """The lower triangular root of Ω with its derivatives by the part `of_density` of θ."""
+    joint, references = of
     own = references.of_density(joint)
 
-    def root(theta):
-        laws = [getattr(law, "base_dist", law) for law in joint.laws(theta, weights, study)]
+    def root(part):
+        now = joint.laws(jnp.asarray(theta).at[own].set(part), weights, study)
+        laws = [getattr(law, "base_dist", law) for law in now]
         return jax.scipy.linalg.block_diag(*[law.scale_tril for law in laws])
 
-    tril = root(theta)
-    solve = partial(jax.scipy.linalg.solve_triangular, lower=True)
-    d = len(tril)
-    j, k = np.triu_indices(d)
-
-    def quadratic(part):
-        moved = theta.at[own].set(part)
-        now = root(moved)
-        inverse = solve(solve(tril, now), jnp.eye(d))
-        precision = inverse.T @ inverse
-        shift = solve(tril, jnp.asarray(references.matrix(joint)) @ (moved - theta))
-        pull = precision @ shift
-        log_scale = jnp.sum(jnp.log(jnp.diagonal(now))) + 0.5 * d * math.log(2 * math.pi)
-        top = -0.5 * shift @ pull - log_scale
-        bent = -precision[j, k] * np.where(j == k, 0.5, 1.0)
-        return jnp.concatenate([top[None], pull, bent])
-
-    return solve(tril, jnp.eye(d)), second_order(quadratic, theta[own])
+    return second_order(root, jnp.asarray(theta)[own])
 
 
 def features(z: jax.Array) -> jax.Array:
@@ -64,29 +80,42 @@ def features(z: jax.Array) -> jax.Array:
 
 
 def in_z(mean: jax.Array, tril: jax.Array) -> jax.Array:
-    """A_i with T(m_i + L_i z) = A_iᵀ T(z), `[subject, feature, feature]`."""
+    """A_i with T(m_i + L_i z) = A_iᵀ T(z), `[subject, feature, feature]`.
+
+    T are the products j <= k of (1, u) = B (1, z), and those are sums of products of (1, z).
+    """
     subjects, d = mean.shape
-    j, k = np.triu_indices(d)
-    left, right = jnp.swapaxes(tril[:, j], 1, 2), jnp.swapaxes(tril[:, k], 1, 2)
-    once = np.where(j == k, 0.5, 1.0)[:, None]
-    square = (left[:, j] * right[:, k] + left[:, k] * right[:, j]) * once
-    cross = mean[:, None, j] * right + mean[:, None, k] * left
-    one, none = jnp.ones((subjects, 1, 1)), jnp.zeros((subjects, d + len(j), 1))
-    high = jnp.concatenate([mean, mean[:, j] * mean[:, k]], 1)[:, None]
-    linear = jnp.concatenate([jnp.swapaxes(tril, 1, 2), jnp.zeros((subjects, len(j), d))], 1)
-    rest = jnp.concatenate([linear, jnp.concatenate([cross, square], 1)], 2)
-    return jnp.block([[one, high], [none, rest]])
+    one = jnp.broadcast_to(jnp.eye(1, 1 + d), (subjects, 1, 1 + d))
+    B = jnp.concatenate([one, jnp.concatenate([mean[:, :, None], tril], 2)], 1)
+    products = B[:, :, None, :, None] * B[:, None, :, None, :]
+    j, k = np.triu_indices(1 + d)
+    once, both = np.zeros((2, (1 + d) ** 2, len(j)))
+    once[(1 + d) * j + k, np.arange(len(j))] = 1.0
+    both[(1 + d) * j + k, np.arange(len(j))] = both[(1 + d) * k + j, np.arange(len(j))] = 1.0
+    products = products.reshape(subjects, len(once), len(both))
+    return jnp.einsum("sxy,xu,yz->szu", products, once, both, precision="highest")
 
 
-def second_order(function, x):
+def second_order(function: Callable, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Value, gradient and Hessian (last axes) of an array function, all in forward mode."""
-    if not x.size:
+    size = x.size
+    if not size:
         value = function(x)
         return value, jnp.zeros((*value.shape, 0)), jnp.zeros((*value.shape, 0, 0))
 
-    def first(x):
-        value, slope = jax.jacfwd(lambda x: (function(x),) * 2, has_aux=True)(x)[::-1]
-        return slope, (value, slope)
+    def along(u, v):
+        def slope(x):
+            return jax.jvp(function, (x,), (u,))
 
-    hessian, (value, slope) = jax.jacfwd(first, has_aux=True)(x)
-    return value, slope, hessian
+        (value, first), (_, second) = jax.jvp(slope, (x,), (v,))
+        return value, first, second
+
+    if size == 1:  # as most often: that of an error
+        value, first, second = along(jnp.ones(1), jnp.ones(1))
+        return value, first[..., None], second[..., None, None]
+    j, k = np.triu_indices(size)
+    pairs = jax.vmap(along, out_axes=(None, -1, -1))
+    value, first, second = pairs(jnp.eye(size)[j], jnp.eye(size)[k])
+    place = np.zeros((size, size), int)
+    place[j, k] = place[k, j] = np.arange(len(j))
+    return value, first[..., np.diagonal(place)], second[..., place]

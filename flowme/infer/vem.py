@@ -36,6 +36,7 @@ from flowme.infer.plan import FIRM, Learned, Plan
 from flowme.infer.references import References
 from flowme.infer.starts import from_gaussian, gaussians, needs_start
 from flowme.primitives import replace_effect
+from flowme.quick import quick
 from flowme.study import Study
 
 _BLOCK = 5  # updates of a flow in one compiled call, between two moves of the progress bar
@@ -192,7 +193,7 @@ class VariationalEM:
         if checkpoint is not None:
             kept = Checkpoint.open(checkpoint, asked(self, key, joint, study, init or {}))
         laws = {name: law for name, law in joint.roles.laws.items() if needs_start(law)}
-        key_climb, key_start, key_law, *keys_end = jax.random.split(key, 5)
+        key_climb, key_start, key_law, *keys_end = _five(key)
         if not laws:
             course = self._climb(key_climb, joint, init or {}, study, progress, (kept, "climb"))
             return self._finish(keys_end, course, study, clock)
@@ -403,6 +404,11 @@ class VariationalEM:
         if name not in self._programs:
             self._programs[name] = jax.jit(make())
         return self._programs[name]
+
+
+@quick
+def _five(key: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jax.random.split(key, 5))
 
 
 def _refuse_scaled(joint: Joint, study: Study) -> None:
