@@ -156,7 +156,7 @@ def _of_chunk(engine, shared, chunk) -> tuple[tuple, tuple]:
     """`evaluate` for one chunk: what is of each subject, and the sums."""
     key, theta, weights, scouts, steps, rule, law = shared
     number, real, (study, start, counts, given) = chunk
-    key, counts = jax.random.fold_in(key, number), real * counts
+    counts = real * counts
     conditional = locate(engine.joint, theta, weights, study, start, scouts, steps)
     usable = jnp.all(jnp.isfinite(given.scale_tril), (1, 2)) & jnp.all(jnp.isfinite(given.mean), 1)
     placed = Conditional(
@@ -164,6 +164,7 @@ def _of_chunk(engine, shared, chunk) -> tuple[tuple, tuple]:
         jnp.where(usable[:, None, None], given.scale_tril, conditional.scale_tril),
     )
     if engine.points:
+        key = jax.random.fold_in(key, number)
         found = _by_importance(engine, key, theta, weights, study, placed, counts)
     else:
         found = _by_quadrature(engine, theta, weights, study, placed, counts, rule, law)
