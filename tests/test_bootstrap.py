@@ -11,7 +11,7 @@ from cases import normal_study, one_level
 from scipy.stats import norm
 
 import flowme as fm
-from flowme.infer import evaluate
+from flowme.infer.clock import Clock
 
 
 @cache
@@ -69,11 +69,11 @@ def test_bands_hold_the_density():
 
 def test_it_goes_on_from_its_file(tmp_path):
     fit, key = level_fit(), jax.random.key(1)
-    count = evaluate._evaluate._cache_size()
+    clock = Clock()
     fm.bootstrap(fit, key, 6, path=tmp_path / "run", group=3, progress=False)
     found = fm.bootstrap(fit, key, 15, path=tmp_path / "run", group=4, progress=False)
     np.testing.assert_array_equal(found.theta, level_bootstrap().theta[:15])
-    assert count == evaluate._evaluate._cache_size()
+    assert clock.read().compilation == 0.0
     with pytest.raises(ValueError, match="expected .*run.npz to hold replicates of this fit"):
         fm.bootstrap(fit, jax.random.key(2), 15, path=tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match="at least 2 replicates"):
