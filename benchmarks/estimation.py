@@ -116,16 +116,22 @@ def within(fit, vem, distance=0.1):
         newton, jax.random.key(1), {}, vem.tolerance, 100, (trace, ""), tqdm(disable=True)
     )
     list(climb.run(np.asarray(start), fit.study, 1))
+    return settled(fit, trace.steps, distance) - begun
+
+
+def settled(fit, steps, distance=0.1):
+    """When log p(y; θ) was within `distance` of its maximum for good."""
+    engine = newton_of(fit.joint, fit.theta, {}, fit.study, use_priors=False).engine
+    modes = np.asarray(fit.conditional.mean)
 
     def at(theta):
-        modes = np.asarray(fit.conditional.mean)
-        found = evaluate(newton.engine, jax.random.key(0), np.asarray(theta), {}, fit.study, modes,
+        found = evaluate(engine, jax.random.key(0), np.asarray(theta), {}, fit.study, modes,
                          order=7, steps=10)  # fmt: skip
         return found.log_likelihood.sum()
 
     best = at(fit.theta)
-    far = [when for when, theta in trace.steps if best - at(theta) > distance]
-    return next(when for when, _ in trace.steps if not far or when > far[-1]) - begun
+    far = [when for when, theta in steps if best - at(theta) > distance]
+    return next(when for when, _ in steps if not far or when > far[-1])
 
 
 def row(model, study, again=True):

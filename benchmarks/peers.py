@@ -7,8 +7,10 @@ Closed form, three lognormal effects, 10 concentrations each (`estimation.study_
 are judged by one likelihood: adaptive Gauss-Hermite quadrature of the highest order, at the
 estimates of each program, below its maximum. CPU seconds are of the estimation, without imports;
 flowme's contain the errors of the estimates and the likelihood, those of the others (as far as they
-can be told) do not. "warm cache" is a fresh process that finds its programs in JAX's persistent
-compilation cache. Programs of R that are not there are left out; nlme maximises a linearisation.
+can be told) do not. "With compilation" is a fresh process, "cache filled" one that keeps its
+programs in JAX's persistent compilation cache, "warm cache" the next one; "again" is a 30th fit,
+whose programs have been optimised by then. Programs of R that are not there are left out; nlme
+maximises a linearisation.
 """
 
 import json
@@ -16,16 +18,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pandas as pd
-from estimation import gap, model_of, study_of, timed, within
-from fresh import cold_and_warm
+from estimation import Trace, gap, model_of, settled, study_of, timed, within
+from fresh import cold_and_warm, fresh
 from pynlme import nlmefitsa
 
 import flowme as fm
+import flowme.infer.vem
 from flowme.infer.evaluate import LARGEST, evaluate
 from flowme.infer.newton import newton_of
 
@@ -70,17 +74,26 @@ def by_r(study, program, seed):
 
 
 def one_fit(subjects):
-    """Prints the CPU seconds of the first fit of this process."""
-    study, vem = study_of(subjects), fm.VariationalEM(model_of(fm.oral_one_compartment), starts=1)
-    fit, seconds = timed(lambda: vem.run(jax.random.key(0), study, init=START, progress=False))
-    print(json.dumps([seconds, gap(fit)]))
+    """Prints the CPU seconds of the first fit of this process, and those after which log p(y; θ)
+    stays within .1 of its maximum."""
+    study, trace = study_of(subjects), Trace()
+    trace.steps, vem = [], fm.VariationalEM(model_of(fm.oral_one_compartment), starts=1)
+    flowme.infer.vem.Checkpoint, key = lambda: trace, jax.random.key(0)
+    begun = time.process_time()
+    fit = vem.run(key, study, init=START, progress=False)
+    seconds = time.process_time() - begun
+    near = settled(fit, trace.steps) - begun
+    print(json.dumps([seconds, near, gap(fit)]))
 
 
 def with_cache(subjects):
-    """The same in a process that finds nothing in the persistent cache, and in the next one."""
-    names = "flowme, with compilation", "flowme, warm cache"
-    found = cold_and_warm(__file__, "one_fit", str(subjects))
-    for name, (seconds, below) in zip(names, found, strict=True):
+    """The same in a process that finds nothing in the persistent cache, and in the next one; and
+    in one without a cache, which optimises less."""
+    names = "flowme, with compilation", "flowme, cache filled", "flowme, warm cache"
+    found = [fresh(__file__, "one_fit", str(subjects))]
+    found += cold_and_warm(__file__, "one_fit", str(subjects))
+    for name, (seconds, near, below) in zip(names, found, strict=True):
+        yield {"program": f"{name}, within .1", "CPU s": near, "below maximum": 0.1}
         yield {"program": name, "CPU s": seconds, "below maximum": below}
 
 
@@ -112,10 +125,9 @@ def main(subjects):
 
     for row in with_cache(subjects):
         add(row)
-    for name in ("", "flowme", "flowme, again"):
+    for _ in range(30):  # programs that go on being called are optimised in the end
         fit, seconds = timed(lambda: vem.run(jax.random.key(0), study, init=START, progress=False))
-        if name:
-            add({"program": name, "CPU s": seconds, "below maximum": gap(fit)})
+    add({"program": "flowme, again", "CPU s": seconds, "below maximum": gap(fit)})
     add({"program": "flowme, within .1", "CPU s": within(fit, vem), "below maximum": 0.1})
     for seed in range(3):
         found, seconds = timed(lambda seed=seed: by_pynlme(study, seed))

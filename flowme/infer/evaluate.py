@@ -177,7 +177,7 @@ def _of_chunk(engine, shared, chunk) -> tuple[tuple, tuple]:
 
 
 _PROGRAMS = tiers(_of_chunk, static_argnums=0)
-_FIT = 2500  # predictions of every record that a fit takes, the finest quadrature included
+_FIT = 1500  # predictions of every record that a fit takes, the finest quadrature included
 _ODE = 20  # how much longer an ODE takes than a closed form
 
 

@@ -161,10 +161,10 @@ def by_quadrature(
     here, and for the value reported by their mean and covariance (Naylor & Smith 1982), which sees
     more with fewer nodes, above all where those are far from Gaussian: a ridge. The error is the
     difference of the two; while its total is above `tolerance`, orders rise by two, as far as the
-    engine has room, and the error is the difference to two rules before (on ridges the last change alone
-    was .4 of what was still missing). Of a study beyond four chunks
-    the values stay those of `order`, and the error is their mean difference to the better ones of
-    one chunk of subjects, spread over it, and the standard error of that mean.
+    engine has room, and the error is the difference to two rules before (on ridges the last change
+    alone was .4 of what was still missing). Of a study beyond four chunks the values stay those of
+    `order`, and the error is their mean difference to the better ones of one chunk of subjects,
+    spread over it, and the standard error of that mean.
     """
     at = partial(evaluate, engine, jax.random.key(0), theta, {}, chunk=chunk)
     most, size = LARGEST[engine.joint.effect_size], study.subjects.size

@@ -153,6 +153,13 @@ def led(study: Study, count: int) -> bool:
     return study.subjects.size >= 2 * count
 
 
+def integrable(joint: Joint) -> bool:
+    """Whether a model is integrated by quadrature: its effects are Gaussian, and at most four."""
+    laws = joint.roles.laws
+    gaussian = all(isinstance(laws.get(n), GaussianRandomEffect) for n in joint.roles.effects)
+    return gaussian and joint.effect_size in ORDER
+
+
 def newton_of(
     joint: Joint,
     theta,
@@ -163,11 +170,9 @@ def newton_of(
     points: int = 256,
     chunk: int = CHUNK,
 ) -> Newton:
-    """The iteration for a model: by quadrature if its effects are Gaussian and at most four, else
-    by `points` importance nodes per subject."""
-    laws = joint.roles.laws
-    gaussian = all(isinstance(laws.get(n), GaussianRandomEffect) for n in joint.roles.effects)
-    points = 0 if gaussian and joint.effect_size in ORDER else points
+    """The iteration for a model: by quadrature if that serves, else by `points` importance nodes
+    per subject."""
+    points = 0 if integrable(joint) else points
     return Newton(Engine(joint, find(joint, theta, weights, study), points), use_priors, chunk)
 
 

@@ -31,7 +31,7 @@ from flowme.infer.marginal import (
     by_quadrature,
     estimate_marginal,
 )
-from flowme.infer.newton import MEANS, NEAR, ORDER, Newton, NewtonState, newton_of
+from flowme.infer.newton import MEANS, NEAR, ORDER, Newton, NewtonState, integrable, newton_of
 from flowme.infer.plan import FIRM, Learned, Plan
 from flowme.infer.references import References
 from flowme.infer.starts import from_gaussian, gaussians, needs_start
@@ -193,7 +193,8 @@ class VariationalEM:
         if checkpoint is not None:
             kept = Checkpoint.open(checkpoint, asked(self, key, joint, study, init or {}))
         laws = {name: law for name, law in joint.roles.laws.items() if needs_start(law)}
-        key_climb, key_start, key_law, *keys_end = _five(key)
+        random = laws or not integrable(joint)
+        key_climb, key_start, key_law, *keys_end = _five(key) if random else [key] * 5
         if not laws:
             course = self._climb(key_climb, joint, init or {}, study, progress, (kept, "climb"))
             return self._finish(keys_end, course, study, clock)
