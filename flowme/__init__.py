@@ -1,6 +1,9 @@
 """flowme: nonlinear mixed-effects models in NumPyro, with learned random-effect distributions."""
 
-from flowme import covariate, datasets, flows, outcomes, plots, residual
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from flowme import covariate, datasets, flows, outcomes, residual
 from flowme.closed_forms import (
     iv_one_compartment,
     iv_three_compartment,
@@ -31,6 +34,9 @@ from flowme.report import summary
 from flowme.semi_nonparametric import SemiNonparametricRandomEffect
 from flowme.structural import solve
 from flowme.study import Study
+
+if TYPE_CHECKING:
+    from flowme import plots
 
 __all__ = [
     "Fit",
@@ -76,3 +82,10 @@ __all__ = [
     "summary",
     "to_arviz",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`fm.plots`, imported when it is asked for: a fit needs no Matplotlib."""
+    if name == "plots":
+        return import_module("flowme.plots")
+    raise AttributeError(f"module 'flowme' has no attribute {name!r}")

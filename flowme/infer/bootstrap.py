@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from flowme.garbage import set_aside
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
 from flowme.infer.newton import Newton, newton_of
@@ -33,6 +34,7 @@ from flowme.infer.vem import VariationalEM
 from flowme.primitives import replace_effect
 
 
+@set_aside()
 def bootstrap(
     fit: Fit,
     key: jax.Array,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import logsumexp
 
+from flowme.garbage import set_aside
 from flowme.infer.conditional import (
     Conditional,
     find,
@@ -62,6 +63,7 @@ class MarginalLikelihood(NamedTuple):
         return total_error(self.standard_error, self.method)
 
 
+@set_aside()
 def marginal_log_likelihood(
     key: jax.Array,
     fit: Fit,

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from flowme.effects import GaussianRandomEffect
 from flowme.flow_effect import FlowRandomEffect
+from flowme.garbage import set_aside
 from flowme.infer.chains import doubts
 from flowme.infer.conditional import Conditional
 from flowme.infer.coordinates import Coordinates, Map, frame
@@ -33,6 +34,7 @@ _BLOCK = 50  # iterations in one compiled call, between two moves of the progres
 _SPREAD = 2.0  # standard deviations of the population parameters over which chains start
 
 
+@set_aside()
 def nuts(
     model: Callable,
     study: Study,

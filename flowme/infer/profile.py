@@ -19,6 +19,7 @@ import numpy as np
 from numpyro.distributions import constraints
 from scipy.stats import chi2
 
+from flowme.garbage import set_aside
 from flowme.infer.errors import base_support, parameter_names
 from flowme.infer.evaluate import CHUNK
 from flowme.infer.fit import Fit
@@ -72,6 +73,7 @@ class _Point(NamedTuple):
         return self.state.theta
 
 
+@set_aside()
 def profile(
     fit: Fit, name: str, *, level: float = 0.95, points: int = 256, chunk: int = CHUNK
 ) -> Profile:

@@ -1,0 +1,143 @@
+"""Programs compiled in a hurry compute the same, and are optimised when that pays."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+
+import flowme as fm
+from flowme import quick
+from flowme.closed_forms import _relative_decay
+from flowme.garbage import set_aside
+from flowme.infer import evaluate
+from flowme.infer.joint import Joint
+from flowme.infer.newton import newton_of
+from flowme.infer.quadratic import in_z, quadratic_form, second_order
+
+
+def oral(study):
+    ka = fm.population("ka", dist.LogNormal(0.5, 0.5))
+    V = fm.population("V", dist.LogNormal(3.4, 0.5))
+    CL = fm.population("CL", dist.LogNormal(1.0, 0.5))
+    law = fm.GaussianRandomEffect(["ka", "V", "CL"], full=True, omega=0.4)
+    eta = fm.random_effect("eta", law, study.subjects)
+    psi = fm.individual(
+        study.subjects, ka=ka * jnp.exp(eta.ka), V=V * jnp.exp(eta.V), CL=CL * jnp.exp(eta.CL)
+    )
+    f = fm.oral_one_compartment(psi, study)
+    fm.observe("conc", fm.residual.combined1(f, 0.4, fm.population("b", dist.Beta(2, 8))), study)
+
+
+def case():
+    study = fm.datasets.theophylline()
+    joint = Joint.of(oral, study)
+    theta = np.asarray(joint.unconstrain({}))
+    theta = theta + 0.2 * np.random.default_rng(0).normal(size=theta.shape)
+    return study, joint, theta, newton_of(joint, theta, {}, study, use_priors=False).engine
+
+
+def test_all_tiers_compute_the_same(monkeypatch):
+    study, _, theta, engine = case()
+    found = []
+    for number in range(3):
+        monkeypatch.setattr(evaluate, "tier", lambda *_, number=number: number)
+        found.append(evaluate.evaluate(engine, jax.random.key(0), theta, {}, study, order=5))
+    for other in found[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-9, 1e-9), found[0], other)
+
+
+def test_a_program_is_optimised_when_it_has_much_to_do(monkeypatch):
+    monkeypatch.setattr(quick, "on_accelerator", lambda: False)
+    kept = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        assert [quick.tier(name, 1.0, ahead) for name, ahead in (("a", 1e7), ("b", 1e8))] == [0, 1]
+        assert quick.tier("c", 1e9, 0.0) == 2
+        assert [quick.tier("d", 2e7, 1e6) for _ in range(20)] == [0] + [1] * 14 + [2] * 5
+        jax.config.update("jax_compilation_cache_dir", "somewhere")
+        assert [quick.tier("e", 1.0, ahead) for ahead in (1e6, 1e7, 1e8)] == [0, 1, 2]
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
+    monkeypatch.setattr(quick, "on_accelerator", lambda: True)
+    assert quick.tier("f", 1.0, 1.0) == 2
+
+
+def test_options_that_an_xla_does_not_have_are_left_out(monkeypatch):
+    monkeypatch.setattr(quick, "_unknown", set())
+    options = {"xla_no_such_option": True, "xla_nor_this": 3, "xla_backend_optimization_level": 0}
+    program = quick.quick(lambda x: x + 1, options=options)
+    assert program(1.0) == 2.0 and quick._unknown == {"xla_no_such_option", "xla_nor_this"}
+    wrong = quick.quick(lambda x: x + 1, options={"xla_backend_optimization_level": "high"})
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        wrong(1.0)
+
+
+def test_in_another_program_it_is_that_program():
+    program = quick.quick(lambda x: x**2)
+    assert jax.jit(lambda x: program(x) + 1)(3.0) == 10.0
+    np.testing.assert_array_equal(jax.vmap(program)(jnp.arange(3.0)), [0, 1, 4])
+    assert jax.grad(program)(3.0) == 6.0
+
+
+def test_what_is_set_aside_comes_back():
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(KeyboardInterrupt), set_aside():
+        assert gc.get_freeze_count() > 1000
+        with set_aside():
+            pass
+        assert gc.get_freeze_count() > 1000
+        raise KeyboardInterrupt
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_derivatives_by_pairs_are_the_derivatives(size):
+    x = jnp.linspace(0.5, 1.5, size)
+
+    def function(x):
+        return jnp.stack([jnp.sum(x**3) * jnp.exp(jnp.sum(x)), jnp.prod(jnp.sin(x))])
+
+    found = second_order(function, x)
+    expected = function(x), jax.jacobian(function)(x), jax.hessian(function)(x)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, 1e-12, 1e-12)
+
+
+def test_the_quadratic_form_is_the_log_density_and_its_derivatives():
+    study, joint, theta, engine = case()
+    W, q = quadratic_form((joint, engine.references), theta, {}, study)
+    own, matrix = engine.references.of_density(joint), engine.references.matrix(joint)
+    rng = np.random.default_rng(1)
+    mean, tril = rng.normal(size=(1, 3)), np.tril(rng.normal(size=(1, 3, 3)))
+    z = rng.normal(size=3)
+    eta = mean[0] + tril[0] @ z
+    j, k = np.triu_indices(3)
+    in_u = np.concatenate([[1.0], W @ eta, (W @ eta)[j] * (W @ eta)[k]])
+    T = np.concatenate([[1.0], z, z[j] * z[k]])
+    np.testing.assert_allclose(T @ in_z(mean @ W.T, W @ tril)[0], in_u, rtol=1e-10)
+
+    def density(part):
+        moved = jnp.asarray(theta).at[own].set(part)
+        (law,) = joint.laws(moved, {}, study)
+        return law.log_prob(jnp.asarray(eta) - matrix @ (moved - theta))[0]
+
+    part = jnp.asarray(theta)[own]
+    expected = density(part), jax.grad(density)(part), jax.hessian(density)(part)
+    for a, b in zip(q, expected, strict=True):
+        np.testing.assert_allclose(np.tensordot(in_u, a, 1), b, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-6, 0.0999, 0.1001, 1.0, 50.0])
+def test_relative_decay_has_derivatives(x):
+    """(1 - exp(-x)) / x and three derivatives, ∫ (-s)^n exp(-s x) ds over [0, 1]; each costs a digit
+    where the series ends."""
+    s, w = np.polynomial.legendre.leggauss(80)
+    s, w = 0.5 * (s + 1), 0.5 * w
+    function = _relative_decay
+    for n in range(4):
+        expected = np.sum(w * (-s) ** n * np.exp(-s * x))
+        np.testing.assert_allclose(function(jnp.asarray(x)), expected, rtol=1e-14 * 20**n)
+        function = jax.grad(function)
