@@ -27,6 +27,8 @@ LAYERS = {
     },
     2: {
         "accelerator",
+        "garbage",
+        "quick",
         "covariate",
         "quantile",
         "flows",

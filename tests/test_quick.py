@@ -132,7 +132,7 @@ def test_the_quadratic_form_is_the_log_density_and_its_derivatives():
 
 @pytest.mark.parametrize("x", [0.0, 1e-6, 0.0999, 0.1001, 1.0, 50.0])
 def test_relative_decay_has_derivatives(x):
-    """(1 - exp(-x)) / x and three derivatives, ∫ (-s)^n exp(-s x) ds over [0, 1]; each costs a digit
+    """(1 - exp(-x)) / x and its derivatives ∫ (-s)^n exp(-s x) ds over [0, 1]; each costs a digit
     where the series ends."""
     s, w = np.polynomial.legendre.leggauss(80)
     s, w = 0.5 * (s + 1), 0.5 * w
