@@ -104,7 +104,8 @@ class Trace(Checkpoint):
     """Keeps where each step of an estimation led, and when."""
 
     def write(self, name, value):
-        self.steps.append((time.process_time(), value.state.theta))
+        if not name.endswith("-tier"):
+            self.steps.append((time.process_time(), value.state.theta))
 
 
 def within(fit, vem, distance=0.1):

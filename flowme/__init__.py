@@ -89,3 +89,7 @@ def __getattr__(name: str) -> Any:
     if name == "plots":
         return import_module("flowme.plots")
     raise AttributeError(f"module 'flowme' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -26,6 +26,7 @@ from flowme.predict import (
     population_draws,
     predict,
 )
+from flowme.quick import soon
 from flowme.roles import PopulationSite
 from flowme.study import Study
 
@@ -225,7 +226,7 @@ def _chains(mcmc: MCMC) -> _Drawn:
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(soon, static_argnums=(0, 1))
 def _resampled(joint: Joint, draws: int, key, nodes, log_share, theta, weights, study):
     """Draws of weighted nodes, η `[draw, subject, effect]` and ψ by site; NaN for a subject none
     of whose nodes has a share."""
@@ -272,7 +273,7 @@ def _log_likelihood(key: jax.Array, drawn: _Drawn) -> dict[str, tuple]:
     return {name: (("subject",), values.reshape(*drawn.theta.shape[:2], -1))}
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(soon, static_argnums=(0, 1, 2))
 def _marginal(joint, references, batch, key, theta0, thetas, weights, conditional, study):
     """log p(y_i; θ) at each θ, `[draw, subject]`."""
     broad = population_law(joint, theta0, weights, study)

@@ -15,6 +15,7 @@ from scipy.special import ndtri, ndtri_exp
 from flowme.censoring import Censored, log_tail
 from flowme.infer.joint import Joint
 from flowme.predict import Result, estimate, predict, simulate
+from flowme.quick import soon
 from flowme.study import Study
 
 _COUNTED = 10_000  # beyond, a count has no IWRES: its shares would be too many terms
@@ -103,7 +104,7 @@ def _largest(study: Study) -> int:
 _Share = tuple[Any, Any]  # log P(y < a) and log P(y > a)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(soon, static_argnums=0)
 def _shares(joint: Joint, largest, theta, weights, eta, study: Study) -> dict[str, Any]:
     """Between which shares of its law each observation lies: those of low and high, which are both
     y where it was measured."""

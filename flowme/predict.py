@@ -23,6 +23,7 @@ from flowme.infer.conditional import Conditional, importance, likelihood_at, pop
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights, start_weights
 from flowme.levels import same_levels
+from flowme.quick import soon
 from flowme.study import Study
 
 Result: TypeAlias = Fit | MCMC
@@ -258,7 +259,7 @@ def _laws(joint: Joint, theta, weights, eta, study: Study) -> dict[str, Any]:
     return {n: sites[n]["fn"] for n in joint.roles.outcomes if n in study.observed}
 
 
-@partial(jax.jit, static_argnames="joint")
+@partial(soon, static_argnums=0)
 def _means(joint: Joint, theta, weights, eta, study):
     laws = _laws(joint, theta, weights, eta, study)
     return {name: jnp.where(study.recorded, _mean(law), jnp.nan) for name, law in laws.items()}
@@ -274,12 +275,12 @@ def _mean(law) -> jax.Array:
     return law.mean
 
 
-@partial(jax.jit, static_argnames="joint")
+@partial(soon, static_argnums=0)
 def _individual(joint: Joint, theta, weights, eta, study):
     return joint.individual(theta, weights, eta, study)
 
 
-@partial(jax.jit, static_argnames="joint")
+@partial(soon, static_argnums=0)
 def _simulate(joint: Joint, keys, thetas, weights, study):
     def one(arguments):
         key, theta = arguments
@@ -294,7 +295,7 @@ def _simulate(joint: Joint, keys, thetas, weights, study):
     return jax.lax.map(one, (keys, thetas))
 
 
-@partial(jax.jit, static_argnames=("joint", "count", "gaussian"))
+@partial(soon, static_argnums=(0, 1, 2))
 def _population(joint: Joint, count: int, gaussian: bool, keys, thetas, weights, study):
     def one(arguments):
         key, theta = arguments
@@ -309,7 +310,7 @@ def _population(joint: Joint, count: int, gaussian: bool, keys, thetas, weights,
     return jax.lax.map(one, (keys, thetas))
 
 
-@partial(jax.jit, static_argnames=("joint", "count"))
+@partial(soon, static_argnums=(0, 1))
 def _conditional(joint: Joint, count: int, key, theta, weights, conditional: Conditional, study):
     broad = population_law(joint, theta, weights, study)
     nodes, effect = importance(key, conditional, broad, count)

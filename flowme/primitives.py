@@ -288,8 +288,8 @@ def _fill_unobserved(law, values, mask):
     """
     size, count = mask.shape
     cell = jnp.arange(size * count).reshape(size, count)
-    first = jnp.min(jnp.where(mask, cell, size * count - 1), axis=1)
-    first = jnp.where(mask.any(1), first, jnp.min(first))
+    first = jnp.min(jnp.where(mask, cell, size * count), axis=1)
+    first = jnp.where(mask.any(1), first, jnp.min(first)) % (size * count)
     cell = jnp.where(mask, cell, first[:, None])
 
     def fill(leaf):

@@ -8,10 +8,10 @@ as long again, or four times as long. Most fits take less than their own compila
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
 
@@ -25,7 +25,7 @@ AT_ONCE: dict[str, Any] = {**_ONE_MODULE, "xla_backend_optimization_level": 0}
 SOON: dict[str, Any] = {**_ONE_MODULE, "xla_backend_optimization_level": 1}
 _WORTH = 3e7, 3e8  # predictions of a record from which on more optimisation pays
 _unknown: set[str] = set()  # options that this XLA does not have
-_done: defaultdict[Hashable, float] = defaultdict(float)
+_done: WeakKeyDictionary[Any, dict[Hashable, float]] = WeakKeyDictionary()
 
 
 def quick(
@@ -48,6 +48,10 @@ def quick(
             return plain(*arguments)
         try:
             return hurried(frozenset(_unknown))(*arguments)
+        except ValueError as error:
+            if "top-level" not in str(error):
+                raise
+            return plain(*arguments)  # inside another program, which has none of its arguments
         except jax.errors.JaxRuntimeError as error:
             name = re.search("No such compile option: '(.*?)'", str(error))
             if name is None or name[1] in _unknown:
@@ -58,27 +62,27 @@ def quick(
     return call
 
 
+soon = partial(quick, options=SOON)
+
+
 def tiers(function: Callable, static_argnums: int | Sequence[int] = ()) -> tuple[Callable, ...]:
     """The function compiled with ever more care, for `tier` to choose from."""
-    hurried = (quick(function, static_argnums, options) for options in (AT_ONCE, SOON))
-    return *hurried, jax.jit(function, static_argnums=static_argnums)
+    optimised = jax.jit(function, static_argnums=static_argnums)
+    return quick(function, static_argnums), soon(function, static_argnums), optimised
 
 
-def tier(program: Hashable, now: float, ahead: float) -> int:
-    """With how much care to compile a program: 0, 1, or 2, by what it has to do.
+def begun(model: Any, program: Hashable, work: float) -> float:
+    """How much a program of a model had to do in this process, what is about to begin included;
+    forgotten with the model."""
+    done = _done.setdefault(model, {})
+    done[program] = done.get(program, 0.0) + work
+    return done[program]
 
-    It depends on all that was asked about the program, and on no clock: the same fits, in the same
-    order, are computed by the same programs.
 
-    Args:
-        program: which one.
-        now: what it is to do now, in predictions of a record.
-        ahead: what a whole fit takes, probably.
-    """
+def tier(work: float) -> int:
+    """With how much care to compile a program that predicts so many records: 0, 1, or 2."""
     if on_accelerator():
         return 2
-    _done[program] += now
-    expected = max(_done[program], ahead)
     if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        expected *= 10  # what is compiled is kept, and will serve again
-    return sum(expected > worth for worth in _WORTH)
+        work *= 10  # what is compiled is kept, and will serve again
+    return sum(work > worth for worth in _WORTH)

@@ -20,6 +20,7 @@ from flowme.infer.doubts import shrinkage
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
 from flowme.predict import Estimate, Result, estimate, mcmc_draws
+from flowme.quick import soon
 from flowme.study import Study
 from flowme.table import counted
 
@@ -180,7 +181,7 @@ def _effects(point: Estimate) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.Index(shrunk, name="effect"))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(soon, static_argnums=(0, 1))
 def _law(joint: Joint, each: int, key, theta, weights, study: Study) -> Any:
     """Draws `[draw, subject, effect]` and moments of the law of the random effects."""
     at = (theta, weights, study)

@@ -105,6 +105,7 @@ def _draw(key: jax.Array, replicates: int, size: int) -> np.ndarray:
     return np.stack(counts).astype(float)
 
 
+_FITS = 60.0  # as much work as 200 replicates, which begin near their ends
 _Estimate = tuple[np.ndarray, dict[str, Any], np.ndarray]  # θ, flow weights, whether it converged
 
 
@@ -118,7 +119,7 @@ class _Climb(NamedTuple):
     def of(cls, vem: VariationalEM, fit: Fit) -> _Climb:
         newton = newton_of(
             fit.joint, fit.theta, fit.weights, fit.study,
-            use_priors=fit.use_priors, points=vem.points, chunk=vem.chunk,
+            use_priors=fit.use_priors, points=vem.points, chunk=vem.chunk, fits=_FITS,
         )  # fmt: skip
         return cls(newton, fit)
 
@@ -153,7 +154,9 @@ class _Relearn(NamedTuple):
         joint = Joint.of(replace_effect(fit.joint.model, **gaussians(laws)), fit.study)
         known = {k: v for k, v in fit.params.items() if k in joint.roles.population}
         start = np.asarray(joint.unconstrain(known))
-        newton = newton_of(joint, start, {}, fit.study, use_priors=fit.use_priors, chunk=vem.chunk)
+        newton = newton_of(
+            joint, start, {}, fit.study, use_priors=fit.use_priors, chunk=vem.chunk, fits=_FITS
+        )
         key = jax.random.key(0)
         state, _ = newton.finish(key, newton.start(key, start, {}, fit.study), {}, fit.study)
         first = dataclasses.replace(

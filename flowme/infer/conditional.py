@@ -26,6 +26,7 @@ from jax.scipy.special import logsumexp
 from scipy.stats import norm, qmc
 
 from flowme.infer.joint import Joint, Weights, draws_of
+from flowme.quick import soon
 from flowme.study import Study
 
 
@@ -149,7 +150,7 @@ def _next_damping(damping: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tup
     )
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(soon, static_argnums=0)
 def find(joint: Joint, theta: jax.Array, weights: Weights, study: Study) -> Conditional:
     """The conditional distributions at θ, looked for anew. With seven effects on one rate and a
     proportional error, 60 steps did not get one subject in sixty to its mode; 100 did."""

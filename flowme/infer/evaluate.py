@@ -13,13 +13,13 @@ When a population parameter enters only by its sum with a random effect (log ka 
 move with it: ψ, and hence p(y_i | ψ), stay as they are and only p(η; θ) is differentiated. So an
 ODE is solved once per node, whatever the number of parameters (`flowme.infer.references`).
 
-One compiled program serves every chunk of every study of the same model, with any number of nodes:
-both are arguments. Memory does not grow with the number of subjects.
+One program serves every chunk of every study of the same model, with any number of nodes: both are
+arguments. (It is compiled with as much care as it is worth: `flowme.quick`.) Memory does not grow
+with the number of subjects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ from flowme.infer.joint import Joint, Weights
 from flowme.infer.parallel import by_chunk
 from flowme.infer.quadratic import features, in_z, quadratic_form, second_order
 from flowme.infer.references import References
-from flowme.quick import tier, tiers
+from flowme.quick import soon, tiers
 from flowme.study import Study
 
 CHUNK = 256  # subjects in one call of the compiled program
@@ -62,11 +62,13 @@ class Engine(NamedTuple):
         joint: the model.
         references: what `references.find` found.
         points: importance nodes per subject; 0 for adaptive Gauss-Hermite quadrature.
+        tier: with how much care it is compiled (`flowme.quick`).
     """
 
     joint: Joint
     references: References
     points: int
+    tier: int = 2
 
 
 class Evaluation(NamedTuple):
@@ -126,8 +128,8 @@ def evaluate(
     modes = np.zeros((len(counts), size)) if start is None else start
     given = around or Conditional(modes, np.full((len(counts), size, size), np.nan))
     shared = key, theta, weights, scouts, steps, rule, law
-    program = _program(engine, study, order)
-    each, sums = by_chunk(program, engine, shared, (study, modes, counts, given), chunk)
+    program, static = _PROGRAMS[engine.tier], engine._replace(tier=0)
+    each, sums = by_chunk(program, static, shared, (study, modes, counts, given), chunk)
     return Evaluation(*each, *sums)
 
 
@@ -177,16 +179,16 @@ def _of_chunk(engine, shared, chunk) -> tuple[tuple, tuple]:
 
 
 _PROGRAMS = tiers(_of_chunk, static_argnums=0)
-_FIT = 1500  # predictions of every record that a fit takes, the finest quadrature included
+_FIT = 1500  # nodes of every subject in a fit, the finest quadrature included
+_EVALUATIONS = 30  # in a fit by importance sampling
 _ODE = 20  # how much longer an ODE takes than a closed form
 
 
-def _program(engine: Engine, study: Study, order: int) -> Callable:
-    """`_of_chunk`, compiled as this and earlier evaluations are worth."""
+def work(engine: Engine, study: Study) -> float:
+    """How many predictions of a record, by a closed form, a fit to a study takes as long as."""
     records = sum(np.size(mask) for mask in study.observed.values())
-    records = _ODE * records if engine.references.loops else records
-    nodes = engine.points or order**engine.joint.effect_size
-    return _PROGRAMS[tier(engine, float(nodes * records), float(_FIT * records))]
+    nodes = _EVALUATIONS * engine.points or _FIT
+    return float(records * nodes * (_ODE if engine.references.loops else 1))
 
 
 def _places(engine: Engine) -> np.ndarray:
@@ -297,7 +299,7 @@ def _total(counts: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.tensordot(counts, jnp.where(_wide(counts, x) > 0, x, 0.0), 1)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(soon, static_argnums=0)
 def scores(engine: Engine, key, theta, weights, study, conditional) -> jax.Array:
     """∇ log p(y_i; θ) of every subject, `[subject, parameter]`, the weights of flows held."""
     joint, references = engine.joint, engine.references

@@ -26,6 +26,7 @@ from flowme.infer.moments import by_moments
 from flowme.infer.parallel import by_chunk
 from flowme.infer.pareto import TOO_HEAVY, pareto_k
 from flowme.levels import same_levels
+from flowme.quick import soon
 from flowme.study import Study
 
 POINTS = 320  # per subject and replicate: of these 256, a whole Sobol net, near the mode
@@ -162,11 +163,11 @@ def by_quadrature(
     was done already). Nodes are placed by mode and curvature of the conditional distributions up to
     here, and for the value reported by their mean and covariance (Naylor & Smith 1982), which sees
     more with fewer nodes, above all where those are far from Gaussian: a ridge. The error is the
-    difference of the two; while its total is above `tolerance`, orders rise by two, as far as the
-    engine has room, and the error is the difference to two rules before (on ridges the last change
-    alone was .4 of what was still missing). Of a study beyond four chunks the values stay those of
-    `order`, and the error is their mean difference to the better ones of one chunk of subjects,
-    spread over it, and the standard error of that mean.
+    difference of the two. While its total is above `tolerance`, or above 1e-4 per subject, orders
+    rise by two, as far as the engine has room; the error is then the larger difference to the two
+    values before, for they may come close to the truth in waves. Of a study beyond four chunks the
+    values stay those of `order`, and the error is their mean difference to the better ones of one
+    chunk of subjects, spread over it, and the standard error of that mean.
     """
     at = partial(evaluate, engine, jax.random.key(0), theta, {}, chunk=chunk)
     most, size = LARGEST[engine.joint.effect_size], study.subjects.size
@@ -190,20 +191,18 @@ def by_quadrature(
     if not _finite(fine):
         return MarginalLikelihood(fine.log_likelihood, np.full(size, np.inf), text.format(order))
 
-    def by_means(now: Evaluation, order: int) -> Evaluation:
-        around = by_moments(now.mean, now.covariance)
-        new = at(study, modes, order=order, around=around)
-        value = np.where(np.isfinite(new.log_likelihood), new.log_likelihood, now.log_likelihood)
-        return new._replace(log_likelihood=value)
-
-    values = [fine.log_likelihood]
+    before, least = [fine.log_likelihood], np.abs(fine.log_likelihood - found.log_likelihood)
     while True:
-        fine = by_means(fine, order)
-        values = [*values[-2:], fine.log_likelihood]
-        error = np.abs(values[-1] - values[0])
-        if order == most or error.sum() < tolerance:
-            return MarginalLikelihood(values[-1], error, text.format(order))
+        around = by_moments(fine.mean, fine.covariance)
+        fine = at(study, modes, order=order, around=around)
+        known = np.isfinite(fine.log_likelihood)
+        value = np.where(known, fine.log_likelihood, before[-1])
+        error = np.max([np.abs(value - other) for other in before], axis=0)
+        error = np.where(known, error, np.maximum(error, least))
+        if order == most or error.sum() < min(tolerance, 1e-4 * size):
+            return MarginalLikelihood(value, error, text.format(order))
         order = next_order(engine.joint.effect_size, order)
+        before = [before[-1], value]
 
 
 def around_means(
@@ -236,7 +235,7 @@ def spread(size: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, size - 1, count).astype(int))
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(soon, static_argnums=0)
 def _replicates(static: tuple[Joint, int, int], shared, chunk) -> tuple[jax.Array, tuple]:
     """log v_ik p(y_i | η_ik) p(η_ik) of a chunk, `[replicate, point, subject]`.
 

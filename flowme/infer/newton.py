@@ -14,10 +14,11 @@ import jax
 import numpy as np
 
 from flowme.effects import GaussianRandomEffect
-from flowme.infer.evaluate import CHUNK, Engine, Evaluation, evaluate
+from flowme.infer.evaluate import CHUNK, Engine, Evaluation, evaluate, work
 from flowme.infer.joint import Joint, Weights
 from flowme.infer.moments import by_moments
 from flowme.infer.references import find
+from flowme.quick import begun, soon, tier
 from flowme.study import Study
 
 # Gauss-Hermite nodes per effect while climbing, by number of effects: far from the maximum, near
@@ -169,11 +170,16 @@ def newton_of(
     use_priors: bool,
     points: int = 256,
     chunk: int = CHUNK,
+    fits: float = 0.0,
 ) -> Newton:
     """The iteration for a model: by quadrature if that serves, else by `points` importance nodes
-    per subject."""
+    per subject. It is compiled for so many fits; by default for
+    one and those made before it."""
     points = 0 if integrable(joint) else points
-    return Newton(Engine(joint, find(joint, theta, weights, study), points), use_priors, chunk)
+    engine = Engine(joint, find(joint, theta, weights, study), points)
+    once = work(engine, study)
+    care = tier(fits * once if fits else begun(joint, engine, once))
+    return Newton(engine._replace(tier=care), use_priors, chunk)
 
 
 def _total(log_likelihood: np.ndarray, counts: np.ndarray | None) -> float:
@@ -192,7 +198,7 @@ def _hold(held: tuple[int, ...], gradient: np.ndarray, hessian: np.ndarray):
     return gradient, hessian
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(soon, static_argnums=0)
 def _log_prior(joint: Joint, theta, study: Study):
     def value(theta):
         return joint.log_prior(theta, study)

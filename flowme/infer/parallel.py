@@ -11,7 +11,8 @@ numbered, and a chunk's random numbers depend on its number.
 - Of P processes (`jax.distributed`) each holds the study, evaluates every P-th chunk, and then
   receives what the others found.
 
-Results are put together in the order of the chunks, so they do not depend on devices or processes.
+Results are put together in the order of the chunks, so they do not depend on devices or processes
+(but for rounding: for several chunks at once the program is compiled otherwise).
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def _at_once(devices, beside: int, program, static, shared, chunks: list) -> lis
     # Where there is no chunk left, the first one is done once more.
     filled = chunks + chunks[:1] * (beside * len(devices) - len(chunks))
     stacked = jax.tree.map(lambda *x: np.stack(x), *filled)
+    program = program.__wrapped__  # type: ignore[attr-defined]  # however it was compiled
     if len(devices) == 1:
         found = side_by_side(program, static, shared, stacked)
     else:

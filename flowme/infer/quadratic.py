@@ -18,6 +18,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.linalg import solve_triangular
 
 from flowme.infer.joint import Joint
 from flowme.infer.references import References
@@ -37,7 +38,9 @@ def quadratic_form(
     joint, references = of
     L, L1, L2 = map(np.asarray, _root(of, theta, weights, study))
     d = len(L)
-    W = np.linalg.inv(L) if np.all(np.diagonal(L) != 0) else np.full(L.shape, np.nan)
+    W = np.full(L.shape, np.nan)
+    if np.all(np.diagonal(L) != 0):
+        W = solve_triangular(L, np.eye(d), lower=True, check_finite=False)
     M1, M2 = (np.moveaxis(np.tensordot(W, x, 1), (0, 1), (-2, -1)) for x in (L1, L2))
     s1 = (W @ references.matrix(joint)[:, references.of_density(joint)]).T
     both = np.einsum("ade,bef->abdf", M1, M1)

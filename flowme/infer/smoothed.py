@@ -26,6 +26,7 @@ from flowme.infer.marginal import estimate_marginal
 from flowme.infer.mixing import mixing_weights
 from flowme.kernel_mixture import KernelMixtureRandomEffect
 from flowme.primitives import replace_effect
+from flowme.quick import soon
 
 BANDWIDTHS = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8)
 
@@ -112,7 +113,7 @@ def _centres(key, fit: Fit, count: int) -> tuple[np.ndarray, np.ndarray]:
     return origin, mean[origin] + np.einsum("kde,ke->kd", tril[origin], z)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(soon, static_argnums=(0, 1))
 def _weighted_nodes(joint: Joint, points: int, key, theta, weights, conditional, study):
     mean, covariance = joint.effect_moments(jax.random.key(0), theta, weights, study)
     broad = gaussian_law(mean, 1.5**2 * covariance, study.subjects.size)

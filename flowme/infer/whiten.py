@@ -13,6 +13,7 @@ from numpyro.handlers import seed, trace
 from flowme.infer.coordinates import Coordinates, Map, by_site, frame, has_base, inner, times
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, start_weights
+from flowme.quick import soon
 from flowme.study import Study
 
 
@@ -51,7 +52,7 @@ def posterior_gaussian(joint: Joint, fit: Fit, study: Study) -> tuple[jax.Array,
     return jnp.asarray(theta + scale @ scale.T @ prior @ (mean - theta)), jnp.asarray(scale)
 
 
-@partial(jax.jit, static_argnames="joint")
+@partial(soon, static_argnums=0)
 def _prior_moments(joint: Joint, study: Study) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of each element of θ under the prior, `[parameter]`, from 1000 draws."""
     sites = trace(seed(joint.model, jax.random.key(0))).get_trace(study)
@@ -68,7 +69,7 @@ def _prior_moments(joint: Joint, study: Study) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.maximum(variance, 1e-12)
 
 
-@partial(jax.jit, static_argnames="coordinates")
+@partial(soon, static_argnums=0)
 def _expand(coordinates: Coordinates, theta, weights, mean, tril, study):
     """I_i, and b_i, S_i with η ≈ μ + L (b_i + S_i u) around m̂_i."""
     joint = coordinates.joint
@@ -97,7 +98,7 @@ def _jacobian(function, u: jax.Array) -> jax.Array:
     return jnp.moveaxis(push(basis), 0, -1)
 
 
-@partial(jax.jit, static_argnames="coordinates")
+@partial(soon, static_argnums=0)
 def _derivatives(coordinates: Coordinates, theta, scale, weights, mean, study):
     """g_i = ∂ log p(y_i | η; θ)/∂η at m̂_i and θ̂, and G_i S by differences over ±1/2 of an SD."""
     joint = coordinates.joint
