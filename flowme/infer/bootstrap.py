@@ -32,6 +32,7 @@ from flowme.infer.resampled import Bootstrap
 from flowme.infer.starts import from_gaussian, gaussians
 from flowme.infer.vem import VariationalEM
 from flowme.primitives import replace_effect
+from flowme.quick import soon
 
 
 @set_aside()
@@ -174,7 +175,7 @@ class _Relearn(NamedTuple):
             study = jax.tree.map(lambda x: jnp.asarray(x)[rows], fit.study)
             return learn.update(key, state, everyone, dependence, study)
 
-        return cls(_Climb(newton, first), jax.jit(jax.vmap(update)), learn, fit, tuple(laws))
+        return cls(_Climb(newton, first), soon(jax.vmap(update)), learn, fit, tuple(laws))
 
     def run(self, keys: list[jax.Array], counts: np.ndarray) -> list[_Estimate]:
         rows, states, converged = [], [], []

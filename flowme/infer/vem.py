@@ -36,7 +36,7 @@ from flowme.infer.plan import FIRM, Learned, Plan
 from flowme.infer.references import References
 from flowme.infer.starts import from_gaussian, gaussians, needs_start
 from flowme.primitives import replace_effect
-from flowme.quick import quick
+from flowme.quick import quick, soon
 from flowme.study import Study
 
 _BLOCK = 5  # updates of a flow in one compiled call, between two moves of the progress bar
@@ -410,7 +410,7 @@ class VariationalEM:
         engine, *rest = key
         name = (type(engine), engine.joint, engine.references, *rest)
         if name not in self._programs:
-            self._programs[name] = jax.jit(make())
+            self._programs[name] = soon(make())
         return self._programs[name]
 
 
