@@ -241,7 +241,7 @@ def _posterior(drawn: _Drawn) -> dict[str, tuple]:
     def at(theta):
         return reported(joint, joint.constrain(theta))
 
-    values = jax.jit(jax.vmap(jax.vmap(at)))(drawn.theta)
+    values = soon(jax.vmap(jax.vmap(at)))(drawn.theta)
     values |= {**_by_site(joint, drawn.eta), **drawn.psi}
     for name, present in joint.roles.present.items():  # no occasion, no random effect
         values[name] = jnp.where(present[..., None], values[name], jnp.nan)

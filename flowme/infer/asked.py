@@ -16,6 +16,7 @@ import numpy as np
 from flowme.infer.fit import identity
 from flowme.infer.joint import Joint
 from flowme.infer.marginal import spread
+from flowme.quick import quick
 from flowme.study import Study
 
 _SETTINGS = (
@@ -67,7 +68,7 @@ def _densities(joint: Joint, study: Study) -> list[float]:
     return _numbers(_values(joint, theta, weights, eta, some))
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(quick, static_argnums=0)
 def _values(joint: Joint, theta, weights, eta, study: Study) -> jax.Array:
     terms = joint.terms(joint.constrain(theta), weights, eta, study)
     return jnp.concatenate([*terms, joint.log_prior(theta, study)[None]])

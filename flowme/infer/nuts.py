@@ -28,6 +28,7 @@ from flowme.infer.joint import Joint, Weights, start_weights
 from flowme.infer.vem import VariationalEM
 from flowme.infer.whiten import whiten
 from flowme.primitives import replace_effect
+from flowme.quick import soon
 from flowme.study import Study
 
 _BLOCK = 50  # iterations in one compiled call, between two moves of the progress bar
@@ -117,7 +118,7 @@ class Sampler:
         }
         return lambda info, key: init(info, rng_key=key, **options), sample
 
-    @partial(jax.jit, static_argnums=0)
+    @partial(soon, static_argnums=0)
     def start(self, keys: jax.Array, map: Map, study: Study) -> HMCState:
         """A state for each chain: drawn wide, moved to the centre until the density is finite."""
         joint, size = self.coordinates.joint, self.coordinates.size(study)
@@ -135,7 +136,7 @@ class Sampler:
 
         return jax.lax.map(chain, keys)
 
-    @partial(jax.jit, static_argnums=(0, 1))
+    @partial(soon, static_argnums=(0, 1))
     def advance(self, count: int, states: HMCState, map: Map, study: Study):
         """`count` iterations of every chain: the states, and x and fields `[chain, iteration]`."""
         init, sample = self.kernel(map, study)
@@ -178,7 +179,7 @@ def _run(sampler: Sampler, states, map, study, num_samples, progress):
     return states, jax.tree.map(lambda *x: np.concatenate(x, 1)[:, warmup:total], *blocks)
 
 
-@partial(jax.jit, static_argnames="coordinates")
+@partial(soon, static_argnums=0)
 def _values(coordinates: Coordinates, x, map: Map, study: Study) -> dict[str, jax.Array]:
     """The values of all sites at x `[chain, draw, ...]`."""
     found = jax.lax.map(

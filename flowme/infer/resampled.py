@@ -17,6 +17,7 @@ from flowme.effects import GaussianRandomEffect
 from flowme.infer.errors import base_support, site_names
 from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint
+from flowme.quick import soon
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,11 +125,11 @@ def _densities(fit: Fit, key, theta, weights, points: int) -> tuple[np.ndarray, 
                    for n in joint.roles.effects)  # fmt: skip
     each = -(-50_000 // study.subjects.size)
 
-    @jax.jit
+    @soon
     def moments(theta, weights):
         return joint.effect_moments(key, theta, weights, study)
 
-    @jax.jit
+    @soon
     def draw(theta, weights):
         draws = joint.sample_effects(key, theta, weights, study, each)
         return draws.reshape(-1, joint.effect_size)

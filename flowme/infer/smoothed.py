@@ -128,7 +128,7 @@ def _nodes(joint: Joint, points: int, key, fit: Fit):
     return _weighted_nodes(joint, points, key, fit.theta, fit.weights, fit.conditional, fit.study)
 
 
-@jax.jit
+@soon
 def _log_kernel(nodes, log_v, tril, centres):
     """log p_h(y_i | m_k) = log Σ_j v_ij p(y_i | η_ij) N(η_ij; m_k, tril trilᵀ),
     `[subject, centre]`, one subject after another."""

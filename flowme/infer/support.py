@@ -18,6 +18,7 @@ from flowme.infer.fit import Fit
 from flowme.infer.joint import Joint, Weights
 from flowme.infer.mixing import directional
 from flowme.levels import same_levels
+from flowme.quick import soon
 from flowme.study import Study
 
 
@@ -114,12 +115,12 @@ def _all_subjects(joint: Joint, theta, weights, study, eta):
     return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(soon, static_argnums=0)
 def _log_p(joint: Joint, theta, weights, study, eta):
     return jax.vmap(lambda e: _all_subjects(joint, theta, weights, study, e))(eta)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(soon, static_argnums=0)
 def _newton(joint: Joint, theta, weights, study, eta, scale_tril, log_f):
     """One damped Newton step up g = log Σ_i p(y_i | η) / f_i from each η, whitened."""
     fractions = jnp.array([1.0, 0.3, 0.05, 0.0])
