@@ -25,6 +25,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 numpyro.enable_validation(True)
 matplotlib.use("Agg")
 
+from flowme import quick  # noqa: E402
+
+quick.SOON.update(quick.AT_ONCE)
+
 
 def pytest_collection_modifyitems(items):
     """Files whose few tests take minutes first: no worker then waits for them at the end."""

@@ -179,7 +179,7 @@ def _of_chunk(engine, shared, chunk) -> tuple[tuple, tuple]:
 
 
 _PROGRAMS = tiers(_of_chunk, static_argnums=0)
-_FIT = 1500  # nodes of every subject in a fit, the finest quadrature included
+_FIT = 2500  # nodes of every subject in a fit, the finest quadrature included
 _EVALUATIONS = 30  # in a fit by importance sampling
 _ODE = 20  # how much longer an ODE takes than a closed form
 

@@ -173,12 +173,12 @@ def newton_of(
     fits: float = 0.0,
 ) -> Newton:
     """The iteration for a model: by quadrature if that serves, else by `points` importance nodes
-    per subject. It is compiled for so many fits; by default for
-    one and those made before it."""
+    per subject. It is compiled as is worth it for so many fits, by default for one more than there
+    were before."""
     points = 0 if integrable(joint) else points
     engine = Engine(joint, find(joint, theta, weights, study), points)
     once = work(engine, study)
-    care = tier(fits * once if fits else begun(joint, engine, once))
+    care = tier(fits * once if fits else begun(joint, engine[1:], once))
     return Newton(engine._replace(tier=care), use_priors, chunk)
 
 
