@@ -107,7 +107,7 @@ def evaluate(
         weights: weights of the flows.
         study: the study.
         start: where modes are looked for, `[subject, effect]`; None: at η = 0 and at `SCOUTS`
-            points of the population (of a study beyond four chunks, a quarter of them).
+            points of the population (of a study of two chunks or more, a quarter of them).
         order: Gauss-Hermite nodes per effect.
         steps: Newton steps towards the modes.
         chunk: subjects in one call of the compiled program.
@@ -115,7 +115,7 @@ def evaluate(
         around: where nodes are placed; by default, and where it is not finite, around the modes.
     """
     counts = np.ones(study.subjects.size) if counts is None else np.asarray(counts, float)
-    many = study.subjects.size > 4 * chunk
+    many = study.subjects.size >= 2 * chunk
     scouts = 0 if start is not None else SCOUTS // 4 if many else SCOUTS
     rule: Any = np.zeros((0, _BLOCK, 0)), np.zeros((0, _BLOCK)), 0
     law: Any = ()
