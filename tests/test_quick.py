@@ -14,6 +14,7 @@ from flowme import quick
 from flowme.closed_forms import _relative_decay
 from flowme.garbage import set_aside
 from flowme.infer import evaluate
+from flowme.infer.checkpoint import Checkpoint
 from flowme.infer.joint import Joint
 from flowme.infer.newton import newton_of
 from flowme.infer.quadratic import in_z, quadratic_form, second_order
@@ -88,25 +89,64 @@ def test_what_was_begun_is_forgotten_with_the_model():
     assert model() is None
 
 
-def test_fits_of_a_model_are_optimised_in_the_end(on_a_processor, monkeypatch, tmp_path):
-    """But one that goes on from a checkpoint is computed by the program that it began with."""
-    monkeypatch.setattr(quick, "_WORTH", (5e5, 1e9))  # a fit counts 132 * 2500
-    vem = fm.VariationalEM(lambda study: oral(study), starts=2)  # of which there was none before
-    study, used = fm.datasets.theophylline(), set()
+def noted(monkeypatch):
+    """The tiers of the programs that are called."""
+    programs, used = evaluate._PROGRAMS, []
 
-    def noted(number):
+    def watched(number):
         def program(*arguments):
-            used.add(number)
+            used.append(number)
             return programs[number](*arguments)
 
         return program
 
-    programs = evaluate._PROGRAMS
-    monkeypatch.setattr(evaluate, "_PROGRAMS", [noted(number) for number in range(3)])
+    monkeypatch.setattr(evaluate, "_PROGRAMS", [watched(number) for number in range(3)])
+    return used
+
+
+def test_fits_of_a_model_are_optimised_in_the_end(on_a_processor, monkeypatch, tmp_path):
+    """But one that goes on from a checkpoint is computed by the program that it began with."""
+    vem = fm.VariationalEM(lambda study: oral(study), starts=1)  # of which there was none before
+    study, used = fm.datasets.theophylline(), noted(monkeypatch)
+    joint = Joint.of(vem.model, study)
+    once = newton_of(joint, joint.unconstrain({}), {}, study, use_priors=False).work(60, study)
+    monkeypatch.setattr(quick, "_WORTH", (once, 1e3 * once))
     for folder, expected in ((tmp_path, {0}), (None, {1}), (tmp_path, {0})):
         used.clear()
         vem.run(jax.random.key(0), study, progress=False, checkpoint=folder)
-        assert used == expected
+        assert set(used) == expected
+
+
+def test_a_long_fit_is_optimised_on_its_way(on_a_processor, monkeypatch, tmp_path):
+    """At the same step, and to the same last bit, when it is taken up again."""
+    vem = fm.VariationalEM(lambda study: oral(study), starts=3)
+    study, used = fm.datasets.theophylline(), noted(monkeypatch)
+    joint = Joint.of(vem.model, study)
+    newton = newton_of(joint, joint.unconstrain({}), {}, study, use_priors=False)
+    monkeypatch.setattr(quick, "_WORTH", (newton.work(25, study), newton.work(1000, study)))
+    quick._done.clear()
+
+    def run(folder):
+        used.clear()
+        return vem.run(jax.random.key(0), study, progress=False, checkpoint=folder)
+
+    whole = run(tmp_path / "whole")
+    assert set(used) == {0, 1} and used == sorted(used)
+    quick._done.clear()
+    write, calls = Checkpoint.write, []
+
+    def killed(self, stage, state):
+        write(self, stage, state)
+        calls.append(stage)
+        if len(calls) == 12:
+            raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Checkpoint, "write", killed)
+        run(tmp_path / "killed")
+    again = run(tmp_path / "killed")
+    for field in ("theta", "log_likelihood", "information", "history"):
+        np.testing.assert_array_equal(getattr(again, field), getattr(whole, field))
 
 
 def test_options_that_an_xla_does_not_have_are_left_out(monkeypatch):

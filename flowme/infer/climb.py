@@ -62,6 +62,11 @@ def height(ascent: Ascent) -> float:
     return float(np.nan_to_num(ascent.history[-1], nan=-np.inf))
 
 
+def evaluations(ascents: Sequence[Ascent]) -> int:
+    """How many there were in all."""
+    return sum(len(ascent.history) for ascent in ascents)
+
+
 class Climb(NamedTuple):
     """How a likelihood is climbed.
 
@@ -102,9 +107,12 @@ class Climb(NamedTuple):
         for number, start in enumerate(self._others(np.asarray(theta), ascents[0], study, starts)):
             if ascents[-1].interrupted:
                 return ascents
-            begin, ends = partial(self._begin, start, study), [a for a in ascents if a.converged]
-            ascents.append(look.ascend(f"start-{number + 1}", begin, study, ends))
-        return ascents if ascents[-1].interrupted else self._led_on(ascents, study)
+            ends, before = [a for a in ascents if a.converged], evaluations(ascents)
+            begin = partial(self.after(before, study)._begin, start, study)
+            ascents.append(look.ascend(f"start-{number + 1}", begin, study, ends, before))
+        if ascents[-1].interrupted:
+            return ascents
+        return self.after(evaluations(ascents), study)._led_on(ascents, study)
 
     def ascend(
         self,
@@ -112,14 +120,15 @@ class Climb(NamedTuple):
         begin: Callable[[], Ascent],
         study: Study,
         ends: Sequence[Ascent] = (),
+        before: int = 0,
     ) -> Ascent:
         """Newton steps from where `begin` says, until a full one is expected to add less than the
-        tolerance, or one of these ends is there."""
+        tolerance, or one of these ends is there; after so many evaluations before."""
         kept, prefix = self.kept
         ascent = kept.read(f"{prefix}-{stage}", _LIKE) or begin()
         try:
             while not ascent.ended and not any(_at(end.state, ascent.state) for end in ends):
-                ascent = self._step(ascent, study)
+                ascent = self.after(before + len(ascent.history), study)._step(ascent, study)
                 kept.write(f"{prefix}-{stage}", ascent)
                 self.bar.update()
                 state = ascent.state
@@ -130,6 +139,10 @@ class Climb(NamedTuple):
             why = f"stopped by the user after {len(ascent.history) - 1} iterations"
             return ascent._replace(converged=False, interrupted=True, why=why)
         return ascent
+
+    def after(self, evaluations: int, study: Study) -> Climb:
+        """The same, after so many evaluations."""
+        return self._replace(newton=self.newton.after(evaluations, study))
 
     def _led_on(self, ascents: list[Ascent], study: Study) -> list[Ascent]:
         """The ascents, led on by nodes around means if one had to go by them before its end, or if
@@ -149,8 +162,9 @@ class Climb(NamedTuple):
         found = list(ascents)
         for number, ascent in enumerate(ascents):
             if ascent.converged and ascent.state.rule == NEAR:
-                begin = partial(self._finer, ascent._replace(steps=0), study)
-                found[number] = self.ascend(f"means-{number}", begin, study)
+                before = evaluations(found)
+                begin = partial(self.after(before, study)._finer, ascent._replace(steps=0), study)
+                found[number] = self.ascend(f"means-{number}", begin, study, (), before)
                 if found[number].interrupted:
                     found[number] = ascent._replace(interrupted=True)
                     break

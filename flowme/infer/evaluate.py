@@ -179,16 +179,17 @@ def _of_chunk(engine, shared, chunk) -> tuple[tuple, tuple]:
 
 
 _PROGRAMS = tiers(_of_chunk, static_argnums=0)
-_FIT = 2500  # nodes of every subject in a fit, the finest quadrature included
-_EVALUATIONS = 30  # in a fit by importance sampling
 _ODE = 20  # how much longer an ODE takes than a closed form
 
 
-def work(engine: Engine, study: Study) -> float:
-    """How many predictions of a record, by a closed form, a fit to a study takes as long as."""
+def work(engine: Engine, study: Study, nodes: float) -> float:
+    """How many predictions of a record, by a closed form with one dose and derivatives by one
+    parameter, those at so many nodes of every subject take as long as."""
     records = sum(np.size(mask) for mask in study.observed.values())
-    nodes = _EVALUATIONS * engine.points or _FIT
-    return float(records * nodes * (_ODE if engine.references.loops else 1))
+    free = engine.references.of_likelihood(engine.joint).size
+    derivatives = (1 + 1.5 * free * (free + 1)) / 4  # three for each pair of parameters
+    doses = max(1, study.doses.amount.shape[1])
+    return nodes * records * derivatives * doses * (_ODE if engine.references.loops else 1)
 
 
 def _places(engine: Engine) -> np.ndarray:

@@ -29,6 +29,7 @@ FAR, NEAR, MEANS = range(3)
 _MORE = 10  # times as many steps towards modes, with importance sampling
 _AGAIN = 50  # steps when modes are looked for anew: on a ridge ten did not get to all of them
 _PROMISE = 5.0  # log-likelihood that a step promises near the maximum
+_EASY = 20  # evaluations of a fit that has no difficulties, near and far from the maximum
 STUCK = 1e-2  # a radius of the trust region that says that the nodes are at fault, not the step
 
 
@@ -61,6 +62,17 @@ class Newton(NamedTuple):
     chunk: int = CHUNK
     counts: np.ndarray | None = None
     held: tuple[int, ...] = ()
+
+    def work(self, evaluations: int, study: Study) -> float:
+        """How much so many evaluations are, in predictions of a record (`flowme.quick`)."""
+        size = self.engine.joint.effect_size
+        nodes = self.engine.points or ORDER[size][NEAR] ** size
+        return work(self.engine, study, evaluations * nodes)
+
+    def after(self, evaluations: int, study: Study) -> Newton:
+        """The same, compiled with the care that is due after so many evaluations."""
+        care = max(self.engine.tier, tier(self.work(evaluations, study)))
+        return self._replace(engine=self.engine._replace(tier=care))
 
     def start(self, key, theta, weights, study) -> NewtonState:
         """The state at θ, the modes found by ten steps from the best of some points."""
@@ -177,9 +189,10 @@ def newton_of(
     were before."""
     points = 0 if integrable(joint) else points
     engine = Engine(joint, find(joint, theta, weights, study), points)
-    once = work(engine, study)
-    care = tier(fits * once if fits else begun(joint, engine[1:], once))
-    return Newton(engine._replace(tier=care), use_priors, chunk)
+    newton = Newton(engine, use_priors, chunk)
+    once = newton.work(_EASY, study)
+    care = tier(fits * once if fits else begun(joint, engine[1:-1], once))
+    return newton._replace(engine=engine._replace(tier=care))
 
 
 def _total(log_likelihood: np.ndarray, counts: np.ndarray | None) -> float:

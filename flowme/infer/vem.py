@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from flowme.garbage import set_aside
 from flowme.infer.asked import asked
 from flowme.infer.checkpoint import Checkpoint
-from flowme.infer.climb import Climb
+from flowme.infer.climb import Climb, evaluations
 from flowme.infer.clock import Clock
 from flowme.infer.course import Course, best, failed, ridges
 from flowme.infer.doubts import doubts
@@ -36,7 +36,7 @@ from flowme.infer.plan import FIRM, Learned, Plan
 from flowme.infer.references import References
 from flowme.infer.starts import from_gaussian, gaussians, needs_start
 from flowme.primitives import replace_effect
-from flowme.quick import quick, soon
+from flowme.quick import begun, quick, soon
 from flowme.study import Study
 
 _BLOCK = 5  # updates of a flow in one compiled call, between two moves of the progress bar
@@ -238,6 +238,9 @@ class VariationalEM:
         with tqdm(total=None, desc=title, disable=not progress) as bar:
             climb = Climb(newton, key, weights, self.tolerance, self.max_iterations, kept, bar)
             ascents = climb.run(np.asarray(theta), study, self.starts)
+            done = evaluations(ascents)
+            newton = newton.after(done, study)
+            begun(joint, newton.engine[1:-1], newton.work(done, study))  # so the next fit knows
             courses = [Course.of(joint, weights, newton, ascent) for ascent in ascents]
         return best(courses, study, self.use_priors)
 
