@@ -168,14 +168,17 @@ def test_in_another_program_it_is_that_program():
 
 
 def test_what_is_set_aside_comes_back():
-    assert gc.get_freeze_count() == 0
+    few = 1000  # Python itself sets some aside
+    assert gc.get_freeze_count() < few
     with pytest.raises(KeyboardInterrupt), set_aside():
-        assert gc.get_freeze_count() > 1000
+        assert gc.get_freeze_count() > few
         with set_aside():
             pass
-        assert gc.get_freeze_count() > 1000
+        assert gc.get_freeze_count() > few
         raise KeyboardInterrupt
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() < few
+    with set_aside():
+        assert gc.get_freeze_count() > few
 
 
 @pytest.mark.parametrize("size", [0, 1, 3])
