@@ -4,7 +4,6 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 _AT_FIRST = gc.get_freeze_count()  # some hundred since Python 3.12
 
 
