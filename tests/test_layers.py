@@ -29,6 +29,7 @@ LAYERS = {
         "accelerator",
         "garbage",
         "quick",
+        "recorded",
         "covariate",
         "quantile",
         "flows",

@@ -24,6 +24,7 @@ from numpyro.primitives import Messenger
 
 from flowme.effects import RandomEffect
 from flowme.quick import quick
+from flowme.recorded import recorded
 from flowme.roles import Roles, roles
 from flowme.study import Study
 
@@ -163,9 +164,8 @@ class Joint:
     ) -> tuple[list[jax.Array], Callable[[list[jax.Array]], jax.Array], list[bool]]:
         """The parameters x of the outcomes' laws (predictions, error sizes), the function
         x -> log p(y_i | x) `[subject]`, and which of x are positive by what they are."""
-        sites = self.sites(values, weights, eta, study)
-        outcomes = [sites[name] for name in self.roles.outcomes]
-        leaves, tree = jax.tree.flatten([site["fn"] for site in outcomes])
+        laws, observed, scales = _recorded_outcomes(self, values, weights, eta, study)
+        leaves, tree = jax.tree.flatten(laws)
         numbers = jax.tree.unflatten(tree, range(len(leaves)))
         order = [i for law in numbers for i in _by_name(law)]
         moving = [i for i in order if jnp.issubdtype(jnp.result_type(leaves[i]), jnp.inexact)]
@@ -173,11 +173,9 @@ class Joint:
         def log_prob(x):
             now = dict(zip(moving, x, strict=True))
             laws = jax.tree.unflatten(tree, [now.get(i, y) for i, y in enumerate(leaves)])
-            zero = jnp.zeros(eta.shape[0])
-            terms = ({**site, "fn": law} for site, law in zip(outcomes, laws, strict=True))
-            return sum(map(_log_prob, terms), zero)
+            return _log_probs(laws, observed, scales)
 
-        positive = [flag for site in outcomes for flag in _positive(site["fn"])]
+        positive = [flag for law in laws for flag in _positive(law)]
         return [jnp.asarray(leaves[i]) for i in moving], log_prob, [positive[i] for i in moving]
 
     def log_prior(self, theta: jax.Array, study: Study) -> jax.Array:
@@ -258,6 +256,26 @@ class Joint:
         where they change in time."""
         sites = self._first(self.roles.individual, self.constrain(theta), weights, eta, study)
         return {name: site["value"] for name, site in sites.items()}
+
+
+def outcomes(
+    joint: Joint, values: dict[str, jax.Array], weights: Weights, eta: jax.Array, study: Study
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """The laws of the outcomes, what was observed of them, and the scales of their densities."""
+    sites = joint.sites(values, weights, eta, study)
+    found = [sites[name] for name in joint.roles.outcomes]
+    return tuple([site[part] for site in found] for part in ("fn", "value", "scale"))  # type: ignore
+
+
+_recorded_outcomes = recorded(outcomes, static_argnums=0)
+
+
+@recorded
+def _log_probs(laws: list[Any], observed: list[Any], scales: list[Any]) -> jax.Array:
+    """log p(y_i), `[subject]`."""
+    parts = zip(laws, observed, scales, strict=True)
+    each = (_log_prob({"fn": law, "value": y, "scale": scale}) for law, y, scale in parts)
+    return sum(each, jnp.zeros(()))
 
 
 @partial(quick, static_argnums=0)

@@ -16,7 +16,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from numpyro.primitives import Messenger
 
 from flowme.effects import RandomEffect
-from flowme.infer.joint import Joint, Weights
+from flowme.infer.joint import Joint, Weights, outcomes
 from flowme.quick import quick
 from flowme.study import Study
 
@@ -95,8 +95,7 @@ def _program(joint: Joint, theta, weights: Weights, study: Study) -> tuple[Any, 
 
     def laws(values, eta):
         with _Cut():
-            x, _, _ = joint.predicted(values, weights, eta, study)
-        return x
+            return outcomes(joint, values, weights, eta, study)
 
     eta = jax.ShapeDtypeStruct((study.subjects.size, joint.effect_size), jnp.result_type(float))
     values = jax.eval_shape(joint.constrain, theta)
