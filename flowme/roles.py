@@ -20,6 +20,7 @@ from numpyro.distributions.distribution import validation_enabled
 from numpyro.handlers import seed, trace
 from numpyro.primitives import Messenger
 
+from flowme import plain
 from flowme.effects import RandomEffect
 from flowme.flow_effect import FlowRandomEffect
 from flowme.hierarchy import group_effects
@@ -88,7 +89,7 @@ def roles(model: Callable, study: Study) -> Roles:
             `numpyro.param` that no estimation here would move.
     """
     sites, declared = _trace(model, study)
-    starts, wrong = jax.tree.map(np.asarray, _inspect(model, study))
+    starts, wrong = _starts_and_wrong(model, study, sites)
     found = Roles({}, {}, {}, {}, (), declared, {}, {}, (), {})
     outcomes, changing = [], []
     for name, site in sites.items():
@@ -149,6 +150,28 @@ def _trace(model: Callable, study: Study) -> tuple[dict[str, dict], dict[str, An
     return found["sites"], found["declared"]
 
 
+def _starts_and_wrong(model, study: Study, sites: dict[str, dict]) -> tuple[dict, dict]:
+    """What `_inspect` says, by NumPy if that has all of it."""
+    starts, outside = {}, {}
+    for name, site in sites.items():
+        if site["type"] == "sample" and _has_no_start(site):
+            starts[name] = plain.median(site["fn"])
+        elif site["type"] == "sample" and _has_values(name, site, study):
+            outside[name] = plain.outside(_innermost(site["fn"]), study.values[name])
+    if any(x is None for x in (*starts.values(), *outside.values())):
+        return jax.tree.map(np.asarray, _inspect(model, study))
+    return starts, {name: study.observed[name] & x for name, x in outside.items()}
+
+
+def _has_no_start(site: dict) -> bool:
+    population = not (_per_subject(site) or site["is_observed"])
+    return population and _about(site).get("init") is None
+
+
+def _has_values(name: str, site: dict, study: Study) -> bool:
+    return _per_subject(site) and name in study.values and site["is_observed"]
+
+
 @partial(quick, static_argnums=0)
 def _inspect(model: Callable, study: Study) -> tuple[dict, dict]:
     """Medians of the population parameters that have no starting value, and which observations lie
@@ -157,12 +180,9 @@ def _inspect(model: Callable, study: Study) -> tuple[dict, dict]:
         sites = trace(seed(model, jax.random.key(0))).get_trace(study)
     medians, wrong = {}, {}
     for name, site in sites.items():
-        if site["type"] != "sample":
-            continue
-        if not _per_subject(site):
-            if not site["is_observed"] and _about(site).get("init") is None:
-                medians[name] = _median(site["fn"])
-        elif name in study.values and site["is_observed"]:
+        if site["type"] == "sample" and _has_no_start(site):
+            medians[name] = _median(site["fn"])
+        elif site["type"] == "sample" and _has_values(name, site, study):
             values, mask = study.values[name], study.observed[name]
             inside = _innermost(site["fn"]).support(jnp.asarray(values))
             wrong[name] = mask & ~jnp.broadcast_to(inside, mask.shape)

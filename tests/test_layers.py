@@ -28,6 +28,7 @@ LAYERS = {
     2: {
         "accelerator",
         "garbage",
+        "plain",
         "quick",
         "recorded",
         "covariate",

@@ -329,21 +329,22 @@ def shifted(joint: Joint, references: References, theta0, weights, study):
     """log p(y_i | η_ik) as a function of the elements `of_likelihood` of θ and of nodes, and
     log p(η_ik) as one of those `of_density` and of nodes, both `[node, subject]`; the nodes η_ik
     `[node, subject, effect]` are those at θ₀ and move with referenced parameters: ψ stays."""
-    free, own = references.of_likelihood(joint), references.of_density(joint)
-    matrix = jnp.asarray(references.matrix(joint))
+    matrix, own = references.matrix(joint), references.of_density(joint)
+    of_likelihood, of_density = references.likelihood_sites(joint), references.density_sites(joint)
     held = joint.constrain(theta0)
 
     def likelihood(part, eta):
-        moved = joint.constrain(theta0.at[free].set(part))
-        names = references.likelihood_sites(joint)
         # Only these carry derivatives: nothing else may seem to depend on them.
-        values = {name: moved[name] if name in names else held[name] for name in held}
+        values = {**held, **some(part, of_likelihood)}
         return jax.vmap(lambda e: joint.likelihood(values, weights, e, study))(eta)
 
     def density(part, eta):
-        theta = theta0.at[own].set(part)
-        values, shift = joint.constrain(theta), matrix @ (theta - theta0)
+        values = {**held, **some(part, of_density)}
+        shift = matrix[:, own] @ (part - theta0[own])
         return jax.vmap(lambda e: joint.effect_density(values, weights, e, study))(eta - shift)
+
+    def some(part, names):
+        return joint.constrain(part, names) if names else {}
 
     return likelihood, density
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
+from flowme import plain
 from flowme.effects import RandomEffect
 from flowme.quick import quick
 from flowme.recorded import recorded
@@ -88,12 +89,17 @@ class Joint:
         """Number of random effects per subject."""
         return len(self.roles.effect_names)
 
-    def constrain(self, theta: jax.Array) -> dict[str, jax.Array]:
-        """Population parameters by name, on their own scale, from θ."""
-        values = {}
-        for name, site in self.roles.population.items():
+    def constrain(self, theta: jax.Array, names: Iterable[str] = ()) -> dict[str, jax.Array]:
+        """Population parameters by name, on their own scale, from θ; from these parts of it alone,
+        side by side, some of them."""
+        values, start = {}, 0
+        for name in names or self.roles.population:
+            site = self.roles.population[name]
             to = biject_to(site.support)
-            values[name] = to(theta[self.slices[name]].reshape(to.inverse_shape(site.shape)))
+            shape = to.inverse_shape(site.shape)
+            stop = start + math.prod(shape)
+            values[name] = to(theta[start:stop].reshape(shape))
+            start = stop
         return values
 
     def unconstrain(self, values: dict[str, Any]) -> jax.Array:
@@ -107,8 +113,9 @@ class Joint:
         population = self.roles.population.items()
         given = {name: np.asarray(values.get(name, site.init), float) for name, site in population}
         fits = {name: given[name].shape == site.shape for name, site in population}
+        theta: Any = None
         if all(fits.values()):
-            theta, fits = _unconstrained(self, given)
+            theta, fits = _theta(self, given)
         for name, site in population:
             if not fits[name]:
                 raise ValueError(
@@ -276,6 +283,17 @@ def _log_probs(laws: list[Any], observed: list[Any], scales: list[Any]) -> jax.A
     parts = zip(laws, observed, scales, strict=True)
     each = (_log_prob({"fn": law, "value": y, "scale": scale}) for law, y, scale in parts)
     return sum(each, jnp.zeros(()))
+
+
+def _theta(joint: Joint, values: dict[str, np.ndarray]) -> tuple[jax.Array, dict[str, Any]]:
+    """What `_unconstrained` says, by NumPy if that has all of it."""
+    population = joint.roles.population.items()
+    parts = {name: plain.unconstrained(site.support, values[name]) for name, site in population}
+    pieces = [part for part in parts.values() if part is not None]
+    if len(pieces) < len(parts):
+        return _unconstrained(joint, values)
+    fits = {name: not np.any(np.isnan(part)) for name, part in parts.items()}  # type: ignore
+    return jnp.asarray(np.concatenate([np.zeros(0), *pieces])), fits
 
 
 @partial(quick, static_argnums=0)

@@ -36,13 +36,14 @@ def quadratic_form(
     at θ₀ with M = I and s = 0.
     """
     joint, references = of
-    L, L1, L2 = map(np.asarray, _root(of, theta, weights, study))
-    d = len(L)
+    own = references.of_density(joint)
+    L, L1, L2 = map(np.asarray, _root(joint, theta, weights, study))
+    L1, L2, d = L1[..., own], L2[..., own[:, None], own], len(L)
     W = np.full(L.shape, np.nan)
     if np.all(np.diagonal(L) != 0):
         W = solve_triangular(L, np.eye(d), lower=True, check_finite=False)
     M1, M2 = (np.moveaxis(np.tensordot(W, x, 1), (0, 1), (-2, -1)) for x in (L1, L2))
-    s1 = (W @ references.matrix(joint)[:, references.of_density(joint)]).T
+    s1 = (W @ references.matrix(joint)[:, own]).T
     both = np.einsum("ade,bef->abdf", M1, M1)
     inverse = both + np.swapaxes(both, 0, 1) - M2  # second derivatives of M⁻¹; the first are -M1
     cross = np.einsum("aed,bef->abdf", M1, M1)
@@ -63,17 +64,15 @@ def quadratic_form(
 
 
 @partial(quick, static_argnums=0)
-def _root(of: tuple[Joint, References], theta, weights, study):
-    """The lower triangular root of Ω with its derivatives by the part `of_density` of θ."""
-    joint, references = of
-    own = references.of_density(joint)
+def _root(joint: Joint, theta, weights, study):
+    """The lower triangular root of Ω with its derivatives by θ."""
 
-    def root(part):
-        now = joint.laws(jnp.asarray(theta).at[own].set(part), weights, study)
+    def root(theta):
+        now = joint.laws(theta, weights, study)
         laws = [getattr(law, "base_dist", law) for law in now]
         return jax.scipy.linalg.block_diag(*[law.scale_tril for law in laws])
 
-    return second_order(root, jnp.asarray(theta)[own])
+    return second_order(root, jnp.asarray(theta))
 
 
 def features(z: jax.Array) -> jax.Array:
@@ -118,7 +117,8 @@ def second_order(function: Callable, x: jax.Array) -> tuple[jax.Array, jax.Array
         return value, first[..., None], second[..., None, None]
     j, k = np.triu_indices(size)
     pairs = jax.vmap(along, out_axes=(None, -1, -1))
-    value, first, second = pairs(jnp.eye(size)[j], jnp.eye(size)[k])
+    basis = np.eye(size, dtype=x.dtype)
+    value, first, second = pairs(basis[j], basis[k])
     place = np.zeros((size, size), int)
     place[j, k] = place[k, j] = np.arange(len(j))
     return value, first[..., np.diagonal(place)], second[..., place]
