@@ -13,6 +13,7 @@ from jax import Array
 from flowme.disposition import modes
 from flowme.structural import check_psi
 from flowme.study import Study
+from flowme.where import where
 
 __all__ = [
     "iv_one_compartment",
@@ -175,13 +176,13 @@ def _concentration(model: str, psi: Any, study: Study, names: Sequence[str], ora
     wanted = (*names, *(["ka"] if oral else []), *optional)
     check_psi({name: getattr(psi, name) for name in wanted}, study)
     _check_doses(model, study, oral)
-    values = {name: jnp.asarray(getattr(psi, name))[:, None, None] for name in wanted}
+    values = {name: jnp.expand_dims(getattr(psi, name), (1, 2)) for name in wanted}
     clearance, volume, *rest = (values[name] for name in names)
     exchange = [(q / volume, q / v) for q, v in zip(rest[::2], rest[1::2], strict=True)]
     given = _given(study, values.get("lag"), values.get("F"), jnp.result_type(float, clearance))
     if oral and given.length is not None:
         infused = (study.doses.compartment[:, None, :] == 1) & (given.length > 0)
-        given = given._replace(amount=jnp.where(infused, jnp.nan, given.amount))
+        given = given._replace(amount=where(infused, jnp.nan, given.amount))
     total: Any = 0.0
     for mode in modes(clearance / volume, exchange):
         if not oral:
@@ -190,7 +191,7 @@ def _concentration(model: str, psi: Any, study: Study, names: Sequence[str], ora
         into_gut = jnp.asarray(study.doses.compartment)[:, None, :] == 1
         response = _absorbed(values["ka"], mode.rate, given)
         if 2 in study.compartments:
-            response = jnp.where(into_gut, response, _central(mode.rate, given))
+            response = where(into_gut, response, _central(mode.rate, given))
         total += mode.weight * response
     return (given.amount / volume * total).sum(axis=-1)
 
@@ -208,9 +209,9 @@ class _Given(NamedTuple):
 
 
 def _given(study: Study, lag: Array | None, bioavailability: Array | None, dtype: Any) -> _Given:
-    doses, time = study.doses, jnp.asarray(study.time)[:, :, None]
+    doses, time = study.doses, jnp.expand_dims(study.time, 2)
     amount, start, rate, duration, interval, compartment, first = (
-        jnp.asarray(x)[:, None, :]
+        jnp.expand_dims(x, 1)
         for x in (
             doses.amount,
             doses.time,
@@ -224,25 +225,25 @@ def _given(study: Study, lag: Array | None, bioavailability: Array | None, dtype
     elapsed = (time - start).astype(dtype)
     seen = jnp.arange(study.time.shape[1])[:, None] >= first
     if lag is not None:
-        elapsed = elapsed - jnp.where(compartment == 1, lag, 0)
+        elapsed = elapsed - where(compartment == 1, lag, 0)
         before = elapsed < 0
         if doses.steady.shape[1]:  # the doses before the one that begins it
-            back = jnp.where(interval > 0, interval, 1)
+            back = where(interval > 0, interval, 1)
             since = elapsed - back * jnp.floor(elapsed / back)
-            elapsed = jnp.where(before & (interval > 0), since, elapsed)
+            elapsed = where(before & (interval > 0), since, elapsed)
             before &= interval == 0
         seen &= ~before
     if doses.resets.shape[1]:
         seen &= _together(study)
     if bioavailability is not None:
-        amount = amount * jnp.where(compartment == 1, bioavailability, 1)
+        amount = amount * where(compartment == 1, bioavailability, 1)
     length = None
     if doses.infusions.shape[1]:
-        length = jnp.where(rate > 0, amount / jnp.where(rate > 0, rate, 1), duration).astype(dtype)
-        amount = jnp.where((interval > 0) & (length > interval), jnp.nan, amount)
+        length = where(rate > 0, amount / where(rate > 0, rate, 1), duration).astype(dtype)
+        amount = where((interval > 0) & (length > interval), jnp.nan, amount)
     return _Given(
-        amount=jnp.where(seen, amount, 0).astype(dtype),
-        elapsed=jnp.where(seen, elapsed, 0),
+        amount=where(seen, amount, 0).astype(dtype),
+        elapsed=where(seen, elapsed, 0),
         length=length,
         interval=interval.astype(dtype) if doses.steady.shape[1] else None,
     )
@@ -266,15 +267,15 @@ def _central(k: Array, given: _Given) -> Array:
     on = jnp.zeros_like(elapsed) if length is None else jnp.minimum(elapsed, length)
     response = jnp.exp(-k * (elapsed - on))
     if length is not None:
-        part = jnp.where(length > 0, on / jnp.where(length > 0, length, 1), 1)
+        part = where(length > 0, on / where(length > 0, length, 1), 1)
         response = part * _relative_decay(k * on) * response
     if interval is not None:
         whole = 0.0 if length is None else length
-        safe = jnp.where(interval > 0, interval, 1)
+        safe = where(interval > 0, interval, 1)
         earlier = jnp.exp(-k * (elapsed + safe - whole)) / _lost(k * safe)
         if length is not None:
             earlier = earlier * _relative_decay(k * length)
-        response = response + jnp.where(interval > 0, earlier, 0)
+        response = response + where(interval > 0, earlier, 0)
     return response
 
 
@@ -282,17 +283,18 @@ def _absorbed(ka: Array, k: Array, given: _Given) -> Array:
     """Response of exp(-k t) to a unit dose that is absorbed into it at rate ka."""
     # The expression is symmetric in (ka, k). Selecting (not min/abs, whose kinks spoil second
     # derivatives) keeps every exponent negative.
-    slow, fast = jnp.where(ka < k, ka, k), jnp.where(ka < k, k, ka)
+    less = ka < k
+    slow, fast = where(less, ka, k), where(less, k, ka)
 
     def after(t: Array) -> Array:
         return t * jnp.exp(-slow * t) * _relative_decay((fast - slow) * t)
 
     response = after(given.elapsed)
     if given.interval is not None:
-        safe = jnp.where(given.interval > 0, given.interval, 1)
+        safe = where(given.interval > 0, given.interval, 1)
         left = jnp.exp(-fast * given.elapsed) * after(safe) / _lost(fast * safe)
         repeated = (response + left) / _lost(slow * safe)
-        response = jnp.where(given.interval > 0, repeated, response)
+        response = where(given.interval > 0, repeated, response)
     return ka * response
 
 
@@ -310,7 +312,7 @@ def _relative_decay(x: Array) -> Array:
 def _decay(n: int, x: Array) -> Array:
     """The integral of sⁿ exp(-s x) for s from 0 to 1, x >= 0; its derivative is minus the next."""
     near = x < 0.1  # where ten terms of its series are exact to double precision
-    small, large = jnp.where(near, -x, 0), jnp.where(near, 1, x)  # neither branch makes a NaN
+    small, large = where(near, -x, 0), where(near, 1, x)  # neither branch makes a NaN
     series: Any = 1 / (math.factorial(9) * (n + 10))
     for m in reversed(range(9)):
         series = series * small + 1 / (math.factorial(m) * (n + m + 1))
@@ -318,7 +320,7 @@ def _decay(n: int, x: Array) -> Array:
     far = (1 - left) / large
     for k in range(1, n + 1):
         far = (k * far - left) / large
-    return jnp.where(near, series, far)
+    return where(near, series, far)
 
 
 @_decay.defjvp

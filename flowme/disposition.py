@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from flowme.where import where
+
 __all__ = ["Mode", "modes"]
 
 
@@ -48,11 +50,11 @@ def _two(k10: Array, exchange: tuple[Array, Array]) -> list[Mode]:
     # (fast - k21) (k21 - slow) = k12 k21: the smaller of them from the larger, without a
     # difference of numbers that are nearly equal.
     central = difference > 0
-    large = (jnp.where(central, difference, -difference) + root) / 2
+    large = (where(central, difference, -difference) + root) / 2
     small = k12 * k21 / large
     return [
-        Mode(jnp.where(central, large, small) / root, fast),
-        Mode(jnp.where(central, small, large) / root, slow),
+        Mode(where(central, large, small) / root, fast),
+        Mode(where(central, small, large) / root, slow),
     ]
 
 
@@ -82,7 +84,7 @@ def _cubic_roots(a2: Array, a1: Array, a0: Array) -> list[Array]:
     def newton(x: Array, a2: Array, a1: Array, a0: Array) -> Array:
         value = ((x - a2) * x + a1) * x - a0
         slope = (3 * x - 2 * a2) * x + a1
-        return x - value / jnp.where(slope == 0, 1, slope)
+        return x - value / where(slope == 0, 1, slope)
 
     held = jax.lax.stop_gradient((a2, a1, a0))
     ends = (jnp.zeros_like(a2), held[0] + jnp.zeros_like(a2))

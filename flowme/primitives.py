@@ -23,6 +23,7 @@ from flowme.censoring import Censored
 from flowme.effects import RandomEffect
 from flowme.per_occasion import PerOccasion
 from flowme.study import Occasions, Study, Subjects
+from flowme.where import where
 
 
 def population(
@@ -288,14 +289,15 @@ def _fill_unobserved(law, values, mask):
     """
     size, count = mask.shape
     cell = jnp.arange(size * count).reshape(size, count)
-    first = jnp.min(jnp.where(mask, cell, size * count), axis=1)
-    first = jnp.where(mask.any(1), first, jnp.min(first)) % (size * count)
-    cell = jnp.where(mask, cell, first[:, None])
+    first = jnp.min(where(mask, cell, size * count), axis=1)
+    first = jnp.minimum(where(mask.any(1), first, jnp.min(first)), size * count - 1)
+    cell = where(mask, cell, first[:, None])
 
     def fill(leaf):
         if jnp.ndim(leaf) != 2 or leaf.shape[-1] != count:
             return leaf
-        return jnp.broadcast_to(leaf, mask.shape).reshape(-1)[cell]
+        every = jnp.broadcast_to(leaf, mask.shape).reshape(-1)
+        return every.at[cell].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
     return jax.tree.map(fill, law), fill(values)
 

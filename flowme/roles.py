@@ -8,6 +8,7 @@ parameter, an observed one in the plate an outcome.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -133,20 +134,20 @@ def _trace(model: Callable, study: Study) -> tuple[dict[str, dict], dict[str, An
     where a support or a starting value was computed by JAX, its number is needed: then with."""
     found: dict[str, Any] = {}
 
-    def run():
+    def run(values):
         # A prediction of 0 at a dose row, under a proportional error, is masked: not to matter.
-        with validation_enabled(False), _Declared() as declared:
+        with validation_enabled(False), _Declared() as declared, values():
             found["sites"] = trace(seed(model, jax.random.key(0))).get_trace(study)
         found["declared"] = declared.laws
 
-    jax.eval_shape(run)
+    jax.eval_shape(partial(run, _Unsampled))
     latent = (s for s in found["sites"].values() if s["type"] == "sample" and not s["is_observed"])
     needed: list[Any] = [
         [vars(s["fn"].support), _about(s).get("init")] for s in latent if not _per_subject(s)
     ]
     needed += [vars(law) for law in found["declared"].values() if isinstance(law, RandomEffect)]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(needed)):
-        run()
+        run(nullcontext)
     return found["sites"], found["declared"]
 
 
@@ -203,6 +204,16 @@ def _innermost(law: dist.Distribution) -> dist.Distribution:
     while hasattr(law, "base_dist") and law.event_shape:
         law = law.base_dist
     return law
+
+
+class _Unsampled(Messenger):
+    """Values that nobody will look at, where the model would draw some."""
+
+    def process_message(self, msg):
+        if msg["type"] == "sample" and msg["value"] is None:
+            law = msg["fn"]
+            dtype = int if law.is_discrete else float
+            msg["value"] = jnp.zeros(law.shape(msg["kwargs"]["sample_shape"]), dtype)
 
 
 class _Declared(Messenger):

@@ -31,6 +31,7 @@ LAYERS = {
         "plain",
         "quick",
         "recorded",
+        "where",
         "covariate",
         "quantile",
         "flows",

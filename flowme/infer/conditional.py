@@ -28,6 +28,7 @@ from scipy.stats import norm, qmc
 from flowme.infer.joint import Joint, Weights, draws_of
 from flowme.quick import soon
 from flowme.study import Study
+from flowme.where import where
 
 
 class Conditional(NamedTuple):
@@ -79,10 +80,11 @@ def locate(
     mean, covariance = joint.effect_moments(jax.random.key(0), theta, weights, study)
     values, size = joint.constrain(theta), joint.effect_size
     # Relative to each variance: an effect may be small in its unit, or its ω run to 0.
-    jitter = 1e-10 * jnp.diagonal(covariance) + 1e-30
-    precision = _inverse(jnp.linalg.cholesky(covariance + jnp.diag(jitter)))
+    variance = _diagonal(covariance)
+    jitter = 1e-10 * variance + 1e-30
+    precision = _inverse(_factor(covariance + jitter * jnp.eye(size)))
     precision = precision.T @ precision
-    away = mean + jnp.sqrt(jnp.diagonal(covariance)) * _normal_sobol(size, SCOUTS)
+    away = mean + jnp.sqrt(variance) * _normal_sobol(size, SCOUTS)
 
     def look(eta):
         """log p(y_i | η) + log N(η; μ, Ω), its gradient and curvature."""
@@ -91,9 +93,9 @@ def locate(
         value = value - 0.5 * jnp.sum(pull * (eta - mean), -1)
         usable = jnp.isfinite(value) & jnp.all(jnp.isfinite(slope), -1)
         usable &= jnp.all(jnp.isfinite(curvature), (-1, -2))
-        slope = jnp.where(usable[:, None], slope, 0.0) - pull
-        curvature = jnp.where(usable[:, None, None], curvature, 0.0) + precision
-        return jnp.where(jnp.isfinite(value), value, -jnp.inf), slope, curvature
+        slope = where(usable[:, None], slope, 0.0) - pull
+        curvature = where(usable[:, None, None], curvature, 0.0) + precision
+        return where(jnp.isfinite(value), value, -jnp.inf), slope, curvature
 
     def unfinished(state):
         number, going, *_ = state
@@ -107,7 +109,7 @@ def locate(
         length = jnp.sqrt(jnp.sum(step @ precision * step, -1))
         step = step * jnp.minimum(1.0, LEAP / jnp.maximum(length, LEAP))[:, None]
         scouting = (number > 0) & (number <= scouts)
-        trial = jnp.where(scouting, away[jnp.clip(number - 1, 0, SCOUTS - 1)], eta + step)
+        trial = where(scouting, away[jnp.clip(number - 1, 0, SCOUTS - 1)], eta + step)
         found = look(trial)
         better = found[0] > value
         bent = jnp.einsum("sd,sde,se->s", step, curvature, step)
@@ -116,7 +118,7 @@ def locate(
         going = (number <= scouts) | (damping[0] > 0) | (promised > least)
         then = _next_damping(damping, (found[0] - value) / promised)
         changed = going & (number > scouts)
-        damping = tuple(jnp.where(changed, a, b) for a, b in zip(then, damping, strict=True))
+        damping = tuple(where(changed, a, b) for a, b in zip(then, damping, strict=True))
         old = eta, value, slope, curvature
         kept = (_where(better, a, b) for a, b in zip((trial, *found), old, strict=True))
         return number + 1, going, *kept, damping
@@ -141,13 +143,11 @@ def _next_damping(damping: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tup
     size, growth = damping
     better = ratio > 0
     shrunk = size * jnp.clip(1 - (2 * ratio - 1) ** 3, 0.1, 2.0)
-    shrunk = jnp.where(shrunk < 1e-3, 0.0, shrunk)
+    shrunk = where(shrunk < 1e-3, 0.0, shrunk)
     grown = jnp.maximum(growth * size, 0.1)
     # So short a step was lost to rounding, as large values in single precision do: begin again.
     again = better | (grown > 1e8)
-    return jnp.where(better, shrunk, jnp.where(again, 0.0, grown)), jnp.where(
-        again, 2.0, 2 * growth
-    )
+    return where(better, shrunk, where(again, 0.0, grown)), where(again, 2.0, 2 * growth)
 
 
 @partial(soon, static_argnums=0)
@@ -178,7 +178,7 @@ def _expand(predicted: Callable, eta: jax.Array) -> tuple[jax.Array, jax.Array, 
     for u, g, b, v, logarithm in zip(x, pull, bent, slopes, positive, strict=True):
         if v.ndim > 1 and v.shape[1] == subjects:  # others do not depend on η
             if logarithm:  # ∂²/∂(log u)² = u² ∂²/∂u² + u ∂/∂u
-                b = b + jnp.where(u > 0, g / u, 0.0) * v
+                b = b + where(u > 0, g / u, 0.0) * v
             v, b = v.reshape(size, subjects, -1), b.reshape(size, subjects, -1)
             slope += jnp.einsum("sx,dsx->sd", g.reshape(subjects, -1), v)
             curvature -= jnp.einsum("dsx,esx->sde", b, v)
@@ -199,7 +199,7 @@ def _cholesky(matrix: jax.Array) -> jax.Array:
         least = max(1e-10, 30 * float(jnp.finfo(matrix.dtype).eps))
         size = jnp.maximum(size, least * jnp.max(size, -1, keepdims=True))
         bound = (vectors * size[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
-        return _factor(jnp.where(failed[..., None, None], bound, matrix))
+        return _factor(where(failed[..., None, None], bound, matrix))
 
     return jax.lax.cond(jnp.any(failed), bounded, lambda _: factor, None)
 
@@ -224,7 +224,7 @@ def _inverse(tril: jax.Array) -> jax.Array:
 
 def _where(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """`jnp.where` over the leading axis."""
-    return jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+    return where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
 
 @cache
@@ -350,8 +350,8 @@ def without_impossible(nodes: Nodes, likelihood: jax.Array, conditional: Conditi
     Masking their value alone would leave a NaN in the gradient.
     """
     bad = ~jnp.isfinite(likelihood)
-    eta = jnp.where(bad[..., None], conditional.mean, nodes.eta)
-    return Nodes(eta, jnp.where(bad, -jnp.inf, nodes.log_weight))
+    eta = where(bad[..., None], conditional.mean, nodes.eta)
+    return Nodes(eta, where(bad, -jnp.inf, nodes.log_weight))
 
 
 def resample(key: jax.Array, eta: jax.Array, log_share: jax.Array, count: int) -> jax.Array:
@@ -367,7 +367,7 @@ def resample(key: jax.Array, eta: jax.Array, log_share: jax.Array, count: int) -
     Returns:
         `[count, subject, effect]`; any node of a subject none of whose nodes has a share.
     """
-    log_share = jnp.where(jnp.isnan(log_share), -jnp.inf, log_share)
+    log_share = where(jnp.isnan(log_share), -jnp.inf, log_share)
     shares = jnp.cumsum(jax.nn.softmax(log_share, axis=0), axis=0)
     uniform = jax.random.uniform(key, (count, eta.shape[1])) * shares[-1]
     place = partial(jnp.searchsorted, side="right")  # never a node without a share
@@ -378,7 +378,7 @@ def resample(key: jax.Array, eta: jax.Array, log_share: jax.Array, count: int) -
 def log_mean(likelihood: jax.Array, effect: jax.Array, log_weight: jax.Array) -> jax.Array:
     """log p(y_i; θ) `[subject]`; nodes at which the model is not finite count as impossible."""
     total = likelihood + effect + log_weight
-    return logsumexp(jnp.where(jnp.isnan(total), -jnp.inf, total), axis=0)
+    return logsumexp(where(jnp.isnan(total), -jnp.inf, total), axis=0)
 
 
 @cache
@@ -397,4 +397,10 @@ def _normal_sobol(size: int, count: int) -> np.ndarray:
 
 def log_det(tril: jax.Array) -> jax.Array:
     """log det of lower triangular matrices, `[subject]`."""
-    return jnp.sum(jnp.log(jnp.diagonal(tril, axis1=-2, axis2=-1)), -1)
+    return jnp.sum(jnp.log(_diagonal(tril)), -1)
+
+
+def _diagonal(matrix: jax.Array) -> jax.Array:
+    """The diagonal of square matrices; `jnp.diagonal` compiles to much more."""
+    size = matrix.shape[-1]
+    return matrix.reshape(*matrix.shape[:-2], size * size)[..., :: size + 1]

@@ -44,6 +44,7 @@ from flowme.infer.quadratic import features, in_z, quadratic_form, second_order
 from flowme.infer.references import References
 from flowme.quick import soon, tiers
 from flowme.study import Study
+from flowme.where import where
 
 CHUNK = 256  # subjects in one call of the compiled program
 LARGEST = {1: 31, 2: 15, 3: 9, 4: 7}  # nodes per effect the program has room for
@@ -162,8 +163,8 @@ def _of_chunk(engine, shared, chunk) -> tuple[tuple, tuple]:
     conditional = locate(engine.joint, theta, weights, study, start, scouts, steps)
     usable = jnp.all(jnp.isfinite(given.scale_tril), (1, 2)) & jnp.all(jnp.isfinite(given.mean), 1)
     placed = Conditional(
-        jnp.where(usable[:, None], given.mean, conditional.mean),
-        jnp.where(usable[:, None, None], given.scale_tril, conditional.scale_tril),
+        where(usable[:, None], given.mean, conditional.mean),
+        where(usable[:, None, None], given.scale_tril, conditional.scale_tril),
     )
     if engine.points:
         key = jax.random.fold_in(key, number)
@@ -172,7 +173,7 @@ def _of_chunk(engine, shared, chunk) -> tuple[tuple, tuple]:
         found = _by_quadrature(engine, theta, weights, study, placed, counts, rule, law)
     covariance = found.spread - found.away[:, :, None] * found.away[:, None, :]
     into = _places(engine)
-    score = jnp.where(counts[:, None] > 0, found.first @ into, 0.0)
+    score = where(counts[:, None] > 0, found.first @ into, 0.0)
     outer = score.T @ (counts[:, None] * score)
     each = conditional, placed.mean + found.away, covariance, found.log_likelihood
     return each, (counts @ score, into.T @ found.second @ into - outer, outer)
@@ -223,8 +224,8 @@ def _by_quadrature(engine, theta, weights, study, conditional, counts, rule, law
         f, f1, f2 = second_order(lambda part: likelihood(part, eta), free)
         value = f + T @ c.T + log_weight[number][:, None]
         new, fade, w = _weigh(top, value)
-        f1 = jnp.where(w[..., None] > 0, f1, 0.0)
-        f2 = jnp.where(w[..., None, None] > 0, f2, 0.0)
+        f1 = where(w[..., None] > 0, f1, 0.0)
+        f2 = where(w[..., None, None] > 0, f2, 0.0)
         weighted = w[..., None] * f1
         squared = w.T @ (T[:, :, None] * T[:, None, :]).reshape(len(T), -1)
         return (
@@ -272,10 +273,9 @@ def _by_importance(engine, key, theta, weights, study, conditional, counts) -> _
         f, f1, f2 = second_order(lambda part: likelihood(part, eta), free)
         g, g1, g2 = second_order(lambda part: density(part, eta), own)
         new, fade, w = _weigh(sums[0], f + g + cut(nodes.log_weight))
-        gradient = jnp.where(w[..., None] > 0, jnp.concatenate([f1, g1], -1), 0.0)
+        gradient = where(w[..., None] > 0, jnp.concatenate([f1, g1], -1), 0.0)
         curved = [
-            jnp.einsum("ks,kspq->spq", w, jnp.where(w[..., None, None] > 0, h, 0.0))
-            for h in (f2, g2)
+            jnp.einsum("ks,kspq->spq", w, where(w[..., None, None] > 0, h, 0.0)) for h in (f2, g2)
         ]
         added = (
             w.sum(0),
@@ -297,7 +297,7 @@ def _by_importance(engine, key, theta, weights, study, conditional, counts) -> _
 
 def _total(counts: jax.Array, x: jax.Array) -> jax.Array:
     """Σ_i c_i x_i; a subject that counts 0 times may be one that the model cannot predict."""
-    return jnp.tensordot(counts, jnp.where(_wide(counts, x) > 0, x, 0.0), 1)
+    return jnp.tensordot(counts, where(_wide(counts, x) > 0, x, 0.0), 1)
 
 
 @partial(soon, static_argnums=0)
@@ -319,9 +319,9 @@ def scores(engine: Engine, key, theta, weights, study, conditional) -> jax.Array
 def _weigh(top, value):
     """The largest value so far, what older weights are to be multiplied by, and the weights
     exp(value - largest); a node at which the model is not finite is impossible."""
-    value = jnp.where(jnp.isfinite(value), value, -jnp.inf)
+    value = where(jnp.isfinite(value), value, -jnp.inf)
     new = jnp.maximum(top, value.max(0))
-    safe = jnp.where(jnp.isfinite(new), new, 0.0)
+    safe = where(jnp.isfinite(new), new, 0.0)
     return new, jnp.exp(top - safe), jnp.exp(value - safe)
 
 
