@@ -89,17 +89,19 @@ class _Cut(Messenger):
             msg["value"] = {name: jnp.ones(x.shape) for name, x in msg["fn"]().items()}
 
 
+@partial(jax.jit, static_argnums=0)
+def _given_individual(joint: Joint, values, weights: Weights, eta, study: Study):
+    """The laws of the outcomes, ψ being given."""
+    with _Cut():
+        return outcomes(joint, values, weights, eta, study)
+
+
 def _program(joint: Joint, theta, weights: Weights, study: Study) -> tuple[Any, Any]:
-    """The program that computes the parameters of the outcomes' laws from (θ, η), ψ being given,
-    and the structure of its arguments."""
-
-    def laws(values, eta):
-        with _Cut():
-            return outcomes(joint, values, weights, eta, study)
-
+    """The text of `_given_individual`, which JAX remembers, and the structure of its arguments."""
     eta = jax.ShapeDtypeStruct((study.subjects.size, joint.effect_size), jnp.result_type(float))
-    values = jax.eval_shape(joint.constrain, theta)
-    return jax.make_jaxpr(laws)(values, eta).jaxpr, jax.tree.structure((values, eta))
+    arguments = jax.eval_shape(joint.constrain, theta), weights, eta, study
+    text = _given_individual.trace(joint, *arguments).jaxpr
+    return text.jaxpr, jax.tree.structure(arguments)
 
 
 def _beside_individual(joint: Joint, program, arguments) -> np.ndarray | None:
@@ -108,7 +110,7 @@ def _beside_individual(joint: Joint, program, arguments) -> np.ndarray | None:
     if not joint.roles.individual:
         return None
     _, used = dce_jaxpr(program, [True] * len(program.outvars))
-    enters, effects = jax.tree.unflatten(arguments, used)
+    enters, _, effects, _ = jax.tree.unflatten(arguments, used)
     beside = np.zeros(joint.size, bool)
     for name, where in joint.slices.items():
         beside[where] = enters[name]
