@@ -335,16 +335,13 @@ def shifted(joint: Joint, references: References, theta0, weights, study):
 
     def likelihood(part, eta):
         # Only these carry derivatives: nothing else may seem to depend on them.
-        values = {**held, **some(part, of_likelihood)}
+        values = {**held, **joint.constrain(part, of_likelihood)}
         return jax.vmap(lambda e: joint.likelihood(values, weights, e, study))(eta)
 
     def density(part, eta):
-        values = {**held, **some(part, of_density)}
+        values = {**held, **joint.constrain(part, of_density)}
         shift = matrix[:, own] @ (part - theta0[own])
         return jax.vmap(lambda e: joint.effect_density(values, weights, e, study))(eta - shift)
-
-    def some(part, names):
-        return joint.constrain(part, names) if names else {}
 
     return likelihood, density
 

@@ -89,11 +89,13 @@ class Joint:
         """Number of random effects per subject."""
         return len(self.roles.effect_names)
 
-    def constrain(self, theta: jax.Array, names: Iterable[str] = ()) -> dict[str, jax.Array]:
-        """Population parameters by name, on their own scale, from θ; from these parts of it alone,
-        side by side, some of them."""
+    def constrain(
+        self, theta: jax.Array, names: Iterable[str] | None = None
+    ) -> dict[str, jax.Array]:
+        """Population parameters by name, on their own scale, from θ; or these alone, from their
+        parts of it side by side."""
         values, start = {}, 0
-        for name in names or self.roles.population:
+        for name in self.roles.population if names is None else names:
             site = self.roles.population[name]
             to = biject_to(site.support)
             shape = to.inverse_shape(site.shape)
