@@ -79,10 +79,11 @@ def begun(model: Any, program: Hashable, work: float) -> float:
     return done[program]
 
 
+def serves() -> int:
+    """How often a program will be used: more than once where JAX keeps it on a disk."""
+    return 10 if jax.config.jax_compilation_cache_dir else 1  # type: ignore[attr-defined]
+
+
 def tier(work: float) -> int:
     """With how much care to compile a program that predicts so many records: 0, 1, or 2."""
-    if on_accelerator():
-        return 2
-    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        work *= 10  # what is compiled is kept, and will serve again
-    return sum(work > worth for worth in _WORTH)
+    return 2 if on_accelerator() else sum(work > worth for worth in _WORTH)

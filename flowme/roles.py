@@ -155,9 +155,10 @@ def _starts_and_wrong(model, study: Study, sites: dict[str, dict]) -> tuple[dict
     """What `_inspect` says, by NumPy if that has all of it."""
     starts, outside = {}, {}
     for name, site in sites.items():
-        if site["type"] == "sample" and _has_no_start(site):
+        if _has_no_start(site):
+            _check_start(name, site["fn"])
             starts[name] = plain.median(site["fn"])
-        elif site["type"] == "sample" and _has_values(name, site, study):
+        elif _has_values(name, site, study):
             outside[name] = plain.outside(_innermost(site["fn"]), study.values[name])
     if any(x is None for x in (*starts.values(), *outside.values())):
         return jax.tree.map(np.asarray, _inspect(model, study))
@@ -165,12 +166,13 @@ def _starts_and_wrong(model, study: Study, sites: dict[str, dict]) -> tuple[dict
 
 
 def _has_no_start(site: dict) -> bool:
-    population = not (_per_subject(site) or site["is_observed"])
-    return population and _about(site).get("init") is None
+    latent = site["type"] == "sample" and not (_per_subject(site) or site["is_observed"])
+    return latent and _about(site).get("init") is None
 
 
 def _has_values(name: str, site: dict, study: Study) -> bool:
-    return _per_subject(site) and name in study.values and site["is_observed"]
+    observed = site["type"] == "sample" and site["is_observed"]
+    return observed and _per_subject(site) and name in study.values
 
 
 @partial(quick, static_argnums=0)
@@ -181,9 +183,9 @@ def _inspect(model: Callable, study: Study) -> tuple[dict, dict]:
         sites = trace(seed(model, jax.random.key(0))).get_trace(study)
     medians, wrong = {}, {}
     for name, site in sites.items():
-        if site["type"] == "sample" and _has_no_start(site):
+        if _has_no_start(site):
             medians[name] = _median(site["fn"])
-        elif site["type"] == "sample" and _has_values(name, site, study):
+        elif _has_values(name, site, study):
             values, mask = study.values[name], study.observed[name]
             inside = _innermost(site["fn"]).support(jnp.asarray(values))
             wrong[name] = mask & ~jnp.broadcast_to(inside, mask.shape)
@@ -198,6 +200,18 @@ def _median(law: dist.Distribution) -> jax.Array:
     except (NotImplementedError, AttributeError):
         to = biject_to(law.support)
         return to(jnp.median(to.inv(law.sample(jax.random.key(0), (1000,))), axis=0))
+
+
+def _check_start(name: str, law: dist.Distribution) -> None:
+    inner = law
+    while hasattr(inner, "base_dist"):
+        inner = inner.base_dist
+    if law.is_discrete or type(inner).sample is dist.Distribution.sample:
+        raise ValueError(
+            f"expected a continuous prior of {name!r} that values can be drawn from; got "
+            f"{type(inner).__name__}. Say where to start, as in fm.population({name!r}, ..., "
+            "init=...), or take another prior."
+        )
 
 
 def _innermost(law: dist.Distribution) -> dist.Distribution:
@@ -278,8 +292,9 @@ def _check_outcome(name: str, site: dict, study: Study, wrong: np.ndarray | None
     values, inner = np.asarray(study.values[name]), _innermost(law)
     if wrong.any():
         i, j = np.argwhere(wrong)[0]
+        support = inner.support if plain.ours(inner) else type(inner).__name__
         raise ValueError(
-            f"expected observations of {name!r} in the support of their law, {inner.support}; got "
+            f"expected observations of {name!r} in the support of their law, {support}; got "
             f"{values[i, j]:g} for subject {study.subjects.ids[i]} at time {study.time[i, j]:g}"
             f"{f' (and {wrong.sum() - 1} more)' if wrong.sum() > 1 else ''}."
         )

@@ -400,7 +400,7 @@ def test_other_laws_contain_the_gaussian(line_fit, law):
         (
             lambda s: fm.VariationalEM(line_model()).run(jax.random.key(0), s, init={"a": -1.0}),
             ValueError,
-            "expected 'a' of shape .* within its support",
+            "expected 'a' of shape .* strictly within its support",
         ),
         (
             lambda s: fm.VariationalEM(lambda s: None).run(jax.random.key(0), s),

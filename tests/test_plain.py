@@ -111,3 +111,124 @@ def test_both_ways_start_in_the_same_place(monkeypatch):
         with pytest.raises(ValueError, match="got -2 for subject 1 at time 2"):
             joint.Joint.of(model, wrong)
         monkeypatch.undo()
+
+
+@pytest.fixture
+def single_precision():
+    jax.config.update("jax_enable_x64", False)
+    yield
+    jax.config.update("jax_enable_x64", True)
+
+
+def test_in_single_precision_numbers_are_those_of_jax(single_precision):
+    law = dist.TruncatedNormal(0.0, 1.0, low=np.float32(0.1), high=3.0)
+    assert plain.outside(law, np.array([0.1, 0.05, 3.0])).tolist() == [False, True, False]
+    assert plain.outside(dist.Exponential(1.0), np.array([1e-50, 1e-9])).tolist() == [True, False]
+    assert np.isnan(plain.unconstrained(constraints.positive, np.array(1e-60)))
+    assert plain.median(dist.LogNormal(0.3, 1.0)) == pytest.approx(np.exp(0.3))
+
+
+class Above(constraints.Constraint):
+    """A support that JAX does not look into."""
+
+    def __init__(self, low):
+        self.low = low
+
+    def __call__(self, x):
+        return x > self.low
+
+
+class Powered(dist.Distribution):
+    """A normal law with fields that are no arrays, and of which it makes up its mind."""
+
+    arg_constraints = {"loc": constraints.real, "power": constraints.positive_integer}
+    pytree_data_fields = ("loc", "power", "flag")
+    pytree_aux_fields = ("knots",)
+
+    def __init__(self, loc):
+        self.loc, self.power, self.flag, self.knots = loc, 1, True, np.arange(3.0)
+        super().__init__(jnp.shape(loc), validate_args=False)
+
+    @property
+    def support(self):
+        return Above(self.loc - 100.0)
+
+    def log_prob(self, value):
+        scale = 0.1
+        for _ in range(self.power):
+            scale = scale * 1.0 if self.flag else 1.0
+        return dist.Normal(self.loc, scale * self.knots[1]).log_prob(value)
+
+
+def curve(law):
+    def model(study):
+        a = fm.population("a", dist.LogNormal(0.3, 1.0))
+        eta = fm.random_effect("eta", fm.GaussianRandomEffect(["a"], omega=0.4), study.subjects)
+        psi = fm.individual(study.subjects, a=a * jnp.exp(eta.a))
+        fm.observe("y", law(psi.a[:, None] * jnp.exp(-0.3 * study.time)), study)
+
+    return model
+
+
+def curves():
+    rng = np.random.default_rng(0)
+    time = np.tile([1.0, 2.0, 4.0], 12)
+    a = np.repeat(np.exp(0.4 * rng.normal(size=12)), 3)
+    y = a * np.exp(-0.3 * time) + 0.1 * rng.normal(size=36)
+    return pd.DataFrame({"ID": np.repeat(np.arange(12), 3), "TIME": time, "DV": y})
+
+
+def test_laws_whose_fields_are_no_arrays_and_supports_of_users():
+    study = fm.Study.from_frame(curves(), outcome={"y": "DV"})
+    fits = [
+        fm.VariationalEM(curve(law), starts=1).run(jax.random.key(0), study, progress=False)
+        for law in (Powered, lambda f: dist.Normal(f, 0.1))
+    ]
+    assert fits[0].minus_two_ll == pytest.approx(fits[1].minus_two_ll, abs=1e-9)
+    frame = curves()
+    frame.loc[4, "DV"] = -1000.0
+    with pytest.raises(ValueError, match="got -1000 for subject 1 at time 2"):
+        joint.Joint.of(curve(Powered), fm.Study.from_frame(frame, outcome={"y": "DV"}))
+
+
+@pytest.mark.parametrize("degenerate", [1.0, 4.0])
+def test_an_outcome_that_nobody_of_a_chunk_has(degenerate):
+    """Its law may be impossible wherever one looks: -2LL is that of all subjects together."""
+
+    def model(study):
+        a = fm.population("a", dist.LogNormal(0.3, 1.0))
+        b = fm.population("b", dist.HalfNormal(0.5))
+        law = fm.GaussianRandomEffect(["a"], omega=0.4)
+        eta = fm.random_effect("eta", law, study.subjects)
+        psi = fm.individual(study.subjects, a=a * jnp.exp(eta.a))
+        f = psi.a[:, None] * jnp.exp(-0.3 * study.time)
+        fm.observe("y", dist.Normal(f, b), study)
+        g = jnp.where(study.time == degenerate, 0.0, f)
+        fm.observe("z", dist.Normal(g, b * g), study)
+
+    frame = curves()
+    seen = (frame["ID"] < 4) & (frame["TIME"] == 2.0)
+    frame["Z"] = np.where(seen, frame["DV"], np.nan)
+    study = fm.Study.from_frame(frame, outcome={"y": "DV", "z": "Z"})
+    found = [
+        fm.VariationalEM(model, starts=1, chunk=chunk).run(jax.random.key(0), study, progress=False)
+        for chunk in (4, 256)
+    ]
+    assert all(fit.converged for fit in found)
+    assert found[0].minus_two_ll == pytest.approx(found[1].minus_two_ll, abs=1e-3)
+    np.testing.assert_allclose(found[0].theta, found[1].theta, atol=1e-3)
+
+
+def test_where_to_start_is_asked_for():
+    study = fm.Study.from_frame(curves(), outcome={"y": "DV"})
+
+    def model(study):
+        b = fm.population("b", dist.ImproperUniform(constraints.positive, (), ()))
+        curve(lambda f: dist.Normal(f, b))(study)
+
+    with pytest.raises(ValueError, match=r"prior of 'b'.*got ImproperUniform.*init="):
+        joint.Joint.of(model, study)
+    found = joint.Joint.of(curve(lambda f: dist.Normal(f, 0.1)), study)
+    for value in (np.inf, 0.0, -1.0, np.nan):
+        with pytest.raises(ValueError, match="'a' of shape .* strictly within its support"):
+            found.unconstrain({"a": value})

@@ -121,7 +121,7 @@ class Joint:
         for name, site in population:
             if not fits[name]:
                 raise ValueError(
-                    f"expected {name!r} of shape {list(site.shape)} within its support, "
+                    f"expected {name!r} of shape {list(site.shape)} strictly within its support, "
                     f"{site.support}; got {values.get(name, site.init)}."
                 )
         return theta
@@ -172,20 +172,14 @@ class Joint:
         self, values: dict[str, jax.Array], weights: Weights, eta: jax.Array, study: Study
     ) -> tuple[list[jax.Array], Callable[[list[jax.Array]], jax.Array], list[bool]]:
         """The parameters x of the outcomes' laws (predictions, error sizes), the function
-        x -> log p(y_i | x) `[subject]`, and which of x are positive by what they are."""
-        laws, observed, scales = _recorded_outcomes(self, values, weights, eta, study)
-        leaves, tree = jax.tree.flatten(laws)
-        numbers = jax.tree.unflatten(tree, range(len(leaves)))
-        order = [i for law in numbers for i in _by_name(law)]
-        moving = [i for i in order if jnp.issubdtype(jnp.result_type(leaves[i]), jnp.inexact)]
+        x -> log p(y_i | x) `[subject]`, and which of x are positive by what they are. What the
+        model reads besides its study is remembered, as by any program of JAX's."""
+        parts, then = _outcomes(self, values, weights, eta, study)
 
         def log_prob(x):
-            now = dict(zip(moving, x, strict=True))
-            laws = jax.tree.unflatten(tree, [now.get(i, y) for i, y in enumerate(leaves)])
-            return _log_probs(laws, observed, scales)
+            return then([Part(y, part.positive) for y, part in zip(x, parts, strict=True)])
 
-        positive = [flag for law in laws for flag in _positive(law)]
-        return [jnp.asarray(leaves[i]) for i in moving], log_prob, [positive[i] for i in moving]
+        return [part.value for part in parts], log_prob, [part.positive for part in parts]
 
     def log_prior(self, theta: jax.Array, study: Study) -> jax.Array:
         """log p(θ) on the parameters' own scale, no Jacobian: the penalty of MAP estimation."""
@@ -211,7 +205,12 @@ class Joint:
 
     def laws(self, theta: jax.Array, weights: Weights, study: Study) -> list[Any]:
         """The distributions of the random effects, one per site, of batch shape `[subject]`."""
-        return [site["fn"] for site in self.effect_sites(theta, weights, study)]
+        return self.laws_at(self.constrain(theta), weights, study)
+
+    def laws_at(self, values: dict[str, jax.Array], weights: Weights, study: Study) -> list[Any]:
+        """The same, at population parameters by name."""
+        eta = jnp.zeros((study.subjects.size, self.effect_size))
+        return [site["fn"] for site in self._effect_sites(values, weights, eta, study)]
 
     def effect_sites(self, theta: jax.Array, weights: Weights, study: Study) -> list[dict]:
         """The sites of the random effects, at η = 0."""
@@ -267,35 +266,49 @@ class Joint:
         return {name: site["value"] for name, site in sites.items()}
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["positive"])
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A parameter of the law of an outcome, and whether it is positive by what it is."""
+
+    value: jax.Array
+    positive: bool
+
+
 def outcomes(
     joint: Joint, values: dict[str, jax.Array], weights: Weights, eta: jax.Array, study: Study
-) -> tuple[list[Any], list[Any], list[Any]]:
-    """The laws of the outcomes, what was observed of them, and the scales of their densities."""
+) -> tuple[list[Part], Callable[[list[Part]], jax.Array]]:
+    """The parameters of the outcomes' laws, and log p(y_i) `[subject]` of such."""
     sites = joint.sites(values, weights, eta, study)
     found = [sites[name] for name in joint.roles.outcomes]
-    return tuple([site[part] for site in found] for part in ("fn", "value", "scale"))  # type: ignore
+    leaves, tree = jax.tree.flatten([site["fn"] for site in found])
+    numbers = jax.tree.unflatten(tree, range(len(leaves)))
+    order = [i for law in numbers for i in _by_name(law)]
+    moving = [i for i in order if jnp.issubdtype(jnp.result_type(leaves[i]), jnp.inexact)]
+    positive = [flag for site in found for flag in _positive(site["fn"])]
+
+    def log_prob(x):
+        now = {i: part.value for i, part in zip(moving, x, strict=True)}
+        laws = jax.tree.unflatten(tree, [now.get(i, y) for i, y in enumerate(leaves)])
+        terms = ({**site, "fn": law} for site, law in zip(found, laws, strict=True))
+        return sum(map(_log_prob, terms), jnp.zeros(eta.shape[0]))
+
+    return [Part(jnp.asarray(leaves[i]), positive[i]) for i in moving], log_prob
 
 
-_recorded_outcomes = recorded(outcomes, static_argnums=0)
-
-
-@recorded
-def _log_probs(laws: list[Any], observed: list[Any], scales: list[Any]) -> jax.Array:
-    """log p(y_i), `[subject]`."""
-    parts = zip(laws, observed, scales, strict=True)
-    each = (_log_prob({"fn": law, "value": y, "scale": scale}) for law, y, scale in parts)
-    return sum(each, jnp.zeros(()))
+_outcomes = recorded(outcomes, static_argnums=0)
 
 
 def _theta(joint: Joint, values: dict[str, np.ndarray]) -> tuple[jax.Array, dict[str, Any]]:
     """What `_unconstrained` says, by NumPy if that has all of it."""
-    population = joint.roles.population.items()
-    parts = {name: plain.unconstrained(site.support, values[name]) for name, site in population}
-    pieces = [part for part in parts.values() if part is not None]
-    if len(pieces) < len(parts):
-        return _unconstrained(joint, values)
-    fits = {name: not np.any(np.isnan(part)) for name, part in parts.items()}  # type: ignore
-    return jnp.asarray(np.concatenate([np.zeros(0), *pieces])), fits
+    parts: dict[str, np.ndarray] = {}
+    for name, site in joint.roles.population.items():
+        part = plain.unconstrained(site.support, values[name])
+        if part is None:
+            return _unconstrained(joint, values)
+        parts[name] = part
+    fits = {name: np.all(np.isfinite(part)) for name, part in parts.items()}
+    return jnp.asarray(np.concatenate([np.zeros(0), *parts.values()])), fits
 
 
 @partial(quick, static_argnums=0)
@@ -304,8 +317,9 @@ def _unconstrained(joint: Joint, values: dict[str, Any]) -> tuple[jax.Array, dic
     pieces, within = [jnp.zeros(0)], {}
     for name, site in joint.roles.population.items():
         value = jnp.asarray(values[name], float)
-        within[name] = jnp.all(site.support(value))
-        pieces.append(jnp.ravel(biject_to(site.support).inv(value)))
+        piece = jnp.ravel(biject_to(site.support).inv(value))
+        within[name] = jnp.all(site.support(value)) & jnp.all(jnp.isfinite(piece))
+        pieces.append(piece)
     return jnp.concatenate(pieces), within
 
 

@@ -18,7 +18,7 @@ from flowme.infer.evaluate import CHUNK, Engine, Evaluation, evaluate, work
 from flowme.infer.joint import Joint, Weights
 from flowme.infer.moments import by_moments
 from flowme.infer.references import find
-from flowme.quick import begun, soon, tier
+from flowme.quick import begun, serves, soon, tier
 from flowme.study import Study
 
 # Gauss-Hermite nodes per effect while climbing, by number of effects: far from the maximum, near
@@ -55,6 +55,7 @@ class Newton(NamedTuple):
         chunk: subjects in one call of the compiled program.
         counts: how often each subject counts, `[subject]`; None: once.
         held: places in θ that stay as they are.
+        serves: how often its program will be used (`flowme.quick`).
     """
 
     engine: Engine
@@ -62,6 +63,7 @@ class Newton(NamedTuple):
     chunk: int = CHUNK
     counts: np.ndarray | None = None
     held: tuple[int, ...] = ()
+    serves: int = 1
 
     def work(self, evaluations: int, study: Study) -> float:
         """How much so many evaluations are, in predictions of a record (`flowme.quick`)."""
@@ -71,7 +73,7 @@ class Newton(NamedTuple):
 
     def after(self, evaluations: int, study: Study) -> Newton:
         """The same, compiled with the care that is due after so many evaluations."""
-        care = max(self.engine.tier, tier(self.work(evaluations, study)))
+        care = max(self.engine.tier, tier(self.serves * self.work(evaluations, study)))
         return self._replace(engine=self.engine._replace(tier=care))
 
     def start(self, key, theta, weights, study) -> NewtonState:
@@ -189,9 +191,9 @@ def newton_of(
     were before."""
     points = 0 if integrable(joint) else points
     engine = Engine(joint, find(joint, theta, weights, study), points)
-    newton = Newton(engine, use_priors, chunk)
+    newton = Newton(engine, use_priors, chunk, serves=serves())
     once = newton.work(_EASY, study)
-    care = tier(fits * once if fits else begun(joint, engine[1:-1], once))
+    care = tier(newton.serves * (fits * once if fits else begun(joint, engine[1:-1], once)))
     return newton._replace(engine=engine._replace(tier=care))
 
 

@@ -37,8 +37,8 @@ def quadratic_form(
     """
     joint, references = of
     own = references.of_density(joint)
-    L, L1, L2 = map(np.asarray, _root(joint, theta, weights, study))
-    L1, L2, d = L1[..., own], L2[..., own[:, None], own], len(L)
+    L, L1, L2 = map(np.asarray, _root(of, theta, weights, study))
+    d = len(L)
     W = np.full(L.shape, np.nan)
     if np.all(np.diagonal(L) != 0):
         W = solve_triangular(L, np.eye(d), lower=True, check_finite=False)
@@ -64,15 +64,18 @@ def quadratic_form(
 
 
 @partial(quick, static_argnums=0)
-def _root(joint: Joint, theta, weights, study):
-    """The lower triangular root of Ω with its derivatives by θ."""
+def _root(of: tuple[Joint, References], theta, weights, study):
+    """The lower triangular root of Ω with its derivatives by the part `of_density` of θ."""
+    joint, references = of
+    names, theta = references.density_sites(joint), jnp.asarray(theta)
+    held = joint.constrain(theta)
 
-    def root(theta):
-        now = joint.laws(theta, weights, study)
+    def root(part):
+        now = joint.laws_at({**held, **joint.constrain(part, names)}, weights, study)
         laws = [getattr(law, "base_dist", law) for law in now]
         return jax.scipy.linalg.block_diag(*[law.scale_tril for law in laws])
 
-    return second_order(root, jnp.asarray(theta))
+    return second_order(root, theta[references.of_density(joint)])
 
 
 def features(z: jax.Array) -> jax.Array:
@@ -117,8 +120,7 @@ def second_order(function: Callable, x: jax.Array) -> tuple[jax.Array, jax.Array
         return value, first[..., None], second[..., None, None]
     j, k = np.triu_indices(size)
     pairs = jax.vmap(along, out_axes=(None, -1, -1))
-    basis = np.eye(size, dtype=x.dtype)
-    value, first, second = pairs(basis[j], basis[k])
+    value, first, second = pairs(*(jax.nn.one_hot(i, size, dtype=x.dtype) for i in (j, k)))
     place = np.zeros((size, size), int)
     place[j, k] = place[k, j] = np.arange(len(j))
     return value, first[..., np.diagonal(place)], second[..., place]

@@ -91,9 +91,10 @@ class _Cut(Messenger):
 
 @partial(jax.jit, static_argnums=0)
 def _given_individual(joint: Joint, values, weights: Weights, eta, study: Study):
-    """The laws of the outcomes, ψ being given."""
+    """The parameters of the outcomes' laws, ψ being given."""
     with _Cut():
-        return outcomes(joint, values, weights, eta, study)
+        x, _ = outcomes(joint, values, weights, eta, study)
+    return x
 
 
 def _program(joint: Joint, theta, weights: Weights, study: Study) -> tuple[Any, Any]:

@@ -229,11 +229,9 @@ class VariationalEM:
         newton = self._newton(joint, theta, weights, study)
         # What goes on is computed by the program that it began with.
         checkpoint, prefix = kept
-        tier = checkpoint.read(f"{prefix}-tier", 0)
-        if tier is None:
-            checkpoint.write(f"{prefix}-tier", newton.engine.tier)
-        else:
-            newton = newton._replace(engine=newton.engine._replace(tier=tier))
+        care = checkpoint.read(f"{prefix}-tier", (0, 0)) or (newton.engine.tier, newton.serves)
+        checkpoint.write(f"{prefix}-tier", care)
+        newton = newton._replace(engine=newton.engine._replace(tier=care[0]), serves=care[1])
         title = "VariationalEM, " + ", ".join(type(v).__name__ for v in joint.roles.laws.values())
         with tqdm(total=None, desc=title, disable=not progress) as bar:
             climb = Climb(newton, key, weights, self.tolerance, self.max_iterations, kept, bar)
