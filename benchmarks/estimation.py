@@ -104,7 +104,7 @@ class Trace(Checkpoint):
     """Keeps where each step of an estimation led, and when."""
 
     def write(self, name, value):
-        if not name.endswith("-tier"):
+        if not name.endswith("-care"):
             self.steps.append((time.process_time(), value.state.theta))
 
 

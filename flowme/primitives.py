@@ -285,19 +285,19 @@ def _fill_unobserved(law, values, mask):
     """Cells that do not count get the law and value of one that does, of the same subject if any.
 
     They are masked all the same; but a prediction of 0 there, under a proportional error, would
-    be an infinite log density whose masked gradient is NaN. Where none counts at all, parameters
-    and value are 1/2, which most laws can be of.
+    be an infinite log density whose masked gradient is NaN. (Where none counts at all, that may
+    be so: what follows from such a law is up to `flowme.infer.joint.outcomes`.)
     """
     size, count = mask.shape
     cell = jnp.arange(size * count).reshape(size, count)
     first = jnp.min(where(mask, cell, size * count), axis=1)
-    first = where(mask.any(1), first, jnp.min(first))
+    first = jnp.minimum(where(mask.any(1), first, jnp.min(first)), size * count - 1)
     cell = where(mask, cell, first[:, None])
 
     def fill(leaf):
         if jnp.ndim(leaf) != 2 or leaf.shape[-1] != count:
             return leaf
-        every = jnp.append(jnp.broadcast_to(leaf, mask.shape), jnp.full(1, 0.5, leaf.dtype))
+        every = jnp.broadcast_to(leaf, mask.shape).reshape(-1)
         return every.at[cell].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
     return jax.tree.map(fill, law), fill(values)

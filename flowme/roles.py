@@ -203,10 +203,8 @@ def _median(law: dist.Distribution) -> jax.Array:
 
 
 def _check_start(name: str, law: dist.Distribution) -> None:
-    inner = law
-    while hasattr(inner, "base_dist"):
-        inner = inner.base_dist
-    if law.is_discrete or type(inner).sample is dist.Distribution.sample:
+    inner = _bare(law)
+    if law.is_discrete or isinstance(inner, dist.ImproperUniform):
         raise ValueError(
             f"expected a continuous prior of {name!r} that values can be drawn from; got "
             f"{type(inner).__name__}. Say where to start, as in fm.population({name!r}, ..., "
@@ -228,6 +226,12 @@ class _Unsampled(Messenger):
             law = msg["fn"]
             dtype = int if law.is_discrete else float
             msg["value"] = jnp.zeros(law.shape(msg["kwargs"]["sample_shape"]), dtype)
+
+
+def _bare(law: dist.Distribution) -> dist.Distribution:
+    while isinstance(inner := getattr(law, "base_dist", None), dist.Distribution):
+        law = inner
+    return law
 
 
 class _Declared(Messenger):
@@ -292,7 +296,7 @@ def _check_outcome(name: str, site: dict, study: Study, wrong: np.ndarray | None
     values, inner = np.asarray(study.values[name]), _innermost(law)
     if wrong.any():
         i, j = np.argwhere(wrong)[0]
-        support = inner.support if plain.ours(inner) else type(inner).__name__
+        support = inner.support if plain.ours(inner) else type(_bare(inner)).__name__
         raise ValueError(
             f"expected observations of {name!r} in the support of their law, {support}; got "
             f"{values[i, j]:g} for subject {study.subjects.ids[i]} at time {study.time[i, j]:g}"

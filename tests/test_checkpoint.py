@@ -86,7 +86,7 @@ def test_broken_off_anywhere_the_result_is_the_same(study, kept, tmp_path, monke
         stages = break_off(patch, target, name, -1, None)
         estimate(study, checkpoint=tmp_path / "whole")
     if what is Killed:
-        assert set(stages) == {"climb-tier", "climb-subjects-8", "climb-start-0", "climb-start-1"}
+        assert set(stages) == {"climb-care", "climb-subjects-8", "climb-start-0", "climb-start-1"}
     for number in range(1, len(stages), 3):
         folder = tmp_path / str(number)
         with monkeypatch.context() as patch:

@@ -187,28 +187,41 @@ def test_laws_whose_fields_are_no_arrays_and_supports_of_users():
     assert fits[0].minus_two_ll == pytest.approx(fits[1].minus_two_ll, abs=1e-9)
     frame = curves()
     frame.loc[4, "DV"] = -1000.0
-    with pytest.raises(ValueError, match="got -1000 for subject 1 at time 2"):
+    with pytest.raises(ValueError, match="their law, Powered; got -1000 for subject 1 at time 2"):
         joint.Joint.of(curve(Powered), fm.Study.from_frame(frame, outcome={"y": "DV"}))
 
 
-@pytest.mark.parametrize("degenerate", [1.0, 4.0])
-def test_an_outcome_that_nobody_of_a_chunk_has(degenerate):
+def first_impossible(f, b, time):
+    g = jnp.where(time == 1.0, 0.0, f)
+    return dist.Normal(g, b * g)
+
+
+def last_impossible(f, b, time):
+    g = jnp.where(time == 4.0, 0.0, f)
+    return dist.Normal(g, b * g)
+
+
+def far_bound(f, b, time):
+    return dist.TruncatedNormal(30.0 + f, b, low=30.0)
+
+
+@pytest.mark.parametrize("law", [first_impossible, last_impossible, far_bound])
+def test_an_outcome_that_nobody_of_a_chunk_has(law):
     """Its law may be impossible wherever one looks: -2LL is that of all subjects together."""
 
     def model(study):
         a = fm.population("a", dist.LogNormal(0.3, 1.0))
         b = fm.population("b", dist.HalfNormal(0.5))
-        law = fm.GaussianRandomEffect(["a"], omega=0.4)
-        eta = fm.random_effect("eta", law, study.subjects)
+        effect = fm.GaussianRandomEffect(["a"], omega=0.4)
+        eta = fm.random_effect("eta", effect, study.subjects)
         psi = fm.individual(study.subjects, a=a * jnp.exp(eta.a))
         f = psi.a[:, None] * jnp.exp(-0.3 * study.time)
         fm.observe("y", dist.Normal(f, b), study)
-        g = jnp.where(study.time == degenerate, 0.0, f)
-        fm.observe("z", dist.Normal(g, b * g), study)
+        fm.observe("z", law(f, b, study.time), study)
 
     frame = curves()
     seen = (frame["ID"] < 4) & (frame["TIME"] == 2.0)
-    frame["Z"] = np.where(seen, frame["DV"], np.nan)
+    frame["Z"] = np.where(seen, frame["DV"] + 30.0 * (law is far_bound), np.nan)
     study = fm.Study.from_frame(frame, outcome={"y": "DV", "z": "Z"})
     found = [
         fm.VariationalEM(model, starts=1, chunk=chunk).run(jax.random.key(0), study, progress=False)
@@ -217,6 +230,17 @@ def test_an_outcome_that_nobody_of_a_chunk_has(degenerate):
     assert all(fit.converged for fit in found)
     assert found[0].minus_two_ll == pytest.approx(found[1].minus_two_ll, abs=1e-3)
     np.testing.assert_allclose(found[0].theta, found[1].theta, atol=1e-3)
+
+
+def test_a_law_without_real_parameters_is_refused():
+    def model(study):
+        curve(lambda f: dist.DiscreteUniform(jnp.zeros(f.shape, int), 10))(study)
+
+    frame = curves()
+    frame["DV"] = 3.0
+    study = fm.Study.from_frame(frame, outcome={"y": "DV"})
+    with pytest.raises(ValueError, match="a parameter that is a real number; got 'y' without"):
+        fm.VariationalEM(model, starts=1).run(jax.random.key(0), study, progress=False)
 
 
 def test_where_to_start_is_asked_for():

@@ -28,6 +28,7 @@ from flowme.quick import quick
 from flowme.recorded import recorded
 from flowme.roles import Roles, roles
 from flowme.study import Study
+from flowme.where import where
 
 Weights = dict[str, jax.Array]
 
@@ -281,14 +282,25 @@ def outcomes(
     """The parameters of the outcomes' laws, and log p(y_i) `[subject]` of such."""
     sites = joint.sites(values, weights, eta, study)
     found = [sites[name] for name in joint.roles.outcomes]
+    # Where nobody has an outcome, its masked density may be that of an impossible law: a NaN,
+    # whose derivatives are not to be followed.
+    seen = [jnp.any(study.observed.get(name, True)) for name in joint.roles.outcomes]
     leaves, tree = jax.tree.flatten([site["fn"] for site in found])
     numbers = jax.tree.unflatten(tree, range(len(leaves)))
-    order = [i for law in numbers for i in _by_name(law)]
+    order = {i: k for k, law in enumerate(numbers) for i in _by_name(law)}
     moving = [i for i in order if jnp.issubdtype(jnp.result_type(leaves[i]), jnp.inexact)]
+    if not moving:
+        raise ValueError(
+            "expected a law of the outcomes with a parameter that is a real number; got "
+            f"{', '.join(map(repr, joint.roles.outcomes))} without."
+        )
     positive = [flag for site in found for flag in _positive(site["fn"])]
 
+    def held(value, seen):
+        return where(seen, value, jax.lax.stop_gradient(value))
+
     def log_prob(x):
-        now = {i: part.value for i, part in zip(moving, x, strict=True)}
+        now = {i: held(part.value, seen[order[i]]) for i, part in zip(moving, x, strict=True)}
         laws = jax.tree.unflatten(tree, [now.get(i, y) for i, y in enumerate(leaves)])
         terms = ({**site, "fn": law} for site, law in zip(found, laws, strict=True))
         return sum(map(_log_prob, terms), jnp.zeros(eta.shape[0]))

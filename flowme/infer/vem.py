@@ -229,8 +229,10 @@ class VariationalEM:
         newton = self._newton(joint, theta, weights, study)
         # What goes on is computed by the program that it began with.
         checkpoint, prefix = kept
-        care = checkpoint.read(f"{prefix}-tier", (0, 0)) or (newton.engine.tier, newton.serves)
-        checkpoint.write(f"{prefix}-tier", care)
+        care = checkpoint.read(f"{prefix}-care", (0, 0))
+        if care is None:
+            care = newton.engine.tier, newton.serves
+            checkpoint.write(f"{prefix}-care", care)
         newton = newton._replace(engine=newton.engine._replace(tier=care[0]), serves=care[1])
         title = "VariationalEM, " + ", ".join(type(v).__name__ for v in joint.roles.laws.values())
         with tqdm(total=None, desc=title, disable=not progress) as bar:
