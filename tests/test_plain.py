@@ -227,6 +227,18 @@ def test_an_outcome_that_nobody_of_a_chunk_has(law):
         fm.VariationalEM(model, starts=1, chunk=chunk).run(jax.random.key(0), study, progress=False)
         for chunk in (4, 256)
     ]
+    nobody = jax.tree.map(lambda x: x[4:8], study)
+    within = found[1].joint
+    theta, eta = jnp.asarray(found[1].theta), 0.3 * jnp.ones((4, 1))
+
+    def likelihood(theta, eta, names):
+        one = joint.Joint(model, within.roles._replace(outcomes=names))
+        return one.likelihood(one.constrain(theta), {}, eta, nobody).sum()
+
+    both, alone = (
+        jax.value_and_grad(likelihood, (0, 1))(theta, eta, names) for names in (("y", "z"), ("y",))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-12), both, alone)
     assert all(fit.converged for fit in found)
     assert found[0].minus_two_ll == pytest.approx(found[1].minus_two_ll, abs=1e-3)
     np.testing.assert_allclose(found[0].theta, found[1].theta, atol=1e-3)

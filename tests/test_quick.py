@@ -133,6 +133,7 @@ def test_a_long_fit_is_optimised_on_its_way(on_a_processor, monkeypatch, tmp_pat
 
     whole = run(tmp_path / "whole")
     assert set(used) == {0, 1} and used == sorted(used)
+    care = list(used)
     quick._done.clear()
     write, calls = Checkpoint.write, []
 
@@ -147,6 +148,7 @@ def test_a_long_fit_is_optimised_on_its_way(on_a_processor, monkeypatch, tmp_pat
         run(tmp_path / "killed")
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
     again = run(tmp_path / "killed")
+    assert 0 < len(used) < len(care) and used == care[-len(used) :]
     for field in ("theta", "log_likelihood", "information", "history"):
         np.testing.assert_array_equal(getattr(again, field), getattr(whole, field))
 
